@@ -1,0 +1,138 @@
+"""Compile every kernel ahead of time, for GPUs that need not be there, and report what the compiler spent.
+
+The launches are recorded by running each stage's own launcher on tensors without storage, so what is compiled here is
+what `run()` launches. Usage: python -m scripts.aot [--target 90 100] [--max-tokens 128 ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+import triton
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction, mangle_type
+
+from solution.triton import contract, tuning
+from solution.triton.finalize import finalize
+from solution.triton.gemm1_swiglu import gemm1_swiglu
+from solution.triton.gemm2 import gemm2
+from solution.triton.intermediate import CHANNEL_GROUP
+from solution.triton.routing import route
+
+TARGETS = (90, 100)
+NVIDIA_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One recorded kernel launch."""
+
+    kernel: JITFunction
+    arguments: dict[str, object]
+    options: dict[str, object]
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel.fn.__module__.rsplit('.', 1)[-1]}.{self.kernel.fn.__name__}"
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one kernel takes on one target."""
+
+    registers: int  # per thread
+    spill_bytes: int  # stores and loads per thread
+    shared_bytes: int  # per program
+    num_warps: int
+    tensor_core: str  # the instructions that the float8 / float16 products became
+
+
+def record_launches(regime: tuning.Regime) -> list[Launch]:
+    """Return the launches of one call at the regime's largest T, in order."""
+    num_tokens = regime.max_tokens
+    inputs = {
+        name: torch.empty([num_tokens if size == "T" else size for size in shape], dtype=dtype, device="meta")
+        for name, (shape, dtype) in contract.TENSORS.items()
+    }
+    launches = []
+
+    def record(kernel: JITFunction, *args: object, grid: tuple, warmup: bool, **kwargs: object) -> None:
+        names = kernel.arg_names
+        arguments = dict(zip(names, args)) | {name: value for name, value in kwargs.items() if name in names}
+        launches.append(Launch(kernel, arguments, {k: v for k, v in kwargs.items() if k not in names}))
+
+    with mock.patch.object(JITFunction, "run", record):
+        routing = route(inputs["routing_logits"], inputs["routing_bias"], 0, 1.0, regime.block_m,
+                        contract.INTERMEDIATE_SIZE // CHANNEL_GROUP)
+        intermediate = gemm1_swiglu(inputs["hidden_states"], inputs["hidden_states_scale"], inputs["gemm1_weights"],
+                                    inputs["gemm1_weights_scale"], routing, regime)
+        rows = gemm2(intermediate, inputs["gemm2_weights"], inputs["gemm2_weights_scale"], routing, regime)
+        finalize(rows, routing, inputs["output"])
+    return launches
+
+
+def compile_launch(launch: Launch, capability: int) -> Resources:
+    """Compile for a compute capability (90, 100) as the launcher would for 16-byte aligned tensors."""
+    params = launch.kernel.params
+    constexprs = {p.name: launch.arguments[p.name] for p in params if p.is_constexpr}
+    signature = {
+        p.name: "constexpr" if p.is_constexpr else mangle_type(launch.arguments[p.name]) for p in params
+    }
+    attrs = {(i,): [["tt.divisibility", 16]] for i, p in enumerate(params) if signature[p.name].startswith("*")}
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constexprs, attrs=attrs)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+    ptx = compiled.asm["ptx"]
+    log = _ptxas(ptx, capability)
+    found = sorted(set(re.findall(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b", ptx)))
+    return Resources(
+        registers=int(re.search(r"Used (\d+) registers", log)[1]),
+        spill_bytes=sum(map(int, re.findall(r"(\d+) bytes spill", log))),
+        shared_bytes=compiled.metadata.shared,
+        num_warps=compiled.metadata.num_warps,
+        tensor_core=" ".join(found),
+    )
+
+
+def _ptxas(ptx: str, capability: int) -> str:
+    assembler = NVIDIA_BIN / ("ptxas-blackwell" if capability >= 100 else "ptxas")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [assembler, "-v", f"--gpu-name=sm_{capability}a", source, "-o", Path(folder) / "kernel.cubin"]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stderr
+
+
+def compile_all(targets: tuple[int, ...] = TARGETS) -> Iterator[tuple[int, int, str, Resources]]:
+    """Yield (capability, the regime's last T, kernel, resources) for every kernel of every regime."""
+    for capability in targets:
+        for regime in tuning.REGIMES:
+            for launch in record_launches(regime):
+                yield capability, regime.max_tokens, launch.name, compile_launch(launch, capability)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", type=int, nargs="+", default=TARGETS, choices=TARGETS)
+    arguments = parser.parse_args()
+    table = Table("sm", "T <=", "kernel", "registers", "spilled B", "shared B", "warps", "products")
+    for capability, max_tokens, name, r in track(compile_all(tuple(arguments.target)), "compiling",
+                                                 total=None):
+        table.add_row(*map(str, (capability, max_tokens, name, r.registers, r.spill_bytes, r.shared_bytes,
+                                 r.num_warps, r.tensor_core)))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""The operation's geometry and the checks on what a caller passes, made before anything is launched or written."""
+
+from __future__ import annotations
+
+import numbers
+
+import torch
+import triton
+
+NUM_EXPERTS = 256  # experts of the whole model
+NUM_LOCAL_EXPERTS = 32  # E: experts of this rank
+NUM_GROUPS = 8  # groups of 32 experts
+TOP_GROUPS = 4
+TOP_K = 8
+HIDDEN_SIZE = 7168  # H
+INTERMEDIATE_SIZE = 2048  # I
+SCALE_BLOCK = 128  # one scale per 128 values of K (activations), per 128x128 (weights)
+MAX_TOKENS = 65_536
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+_H, _I, _E = HIDDEN_SIZE, INTERMEDIATE_SIZE, NUM_LOCAL_EXPERTS
+TENSORS = {
+    "routing_logits": (("T", NUM_EXPERTS), torch.float32),
+    "routing_bias": ((NUM_EXPERTS,), torch.bfloat16),
+    "hidden_states": (("T", _H), torch.float8_e4m3fn),
+    "hidden_states_scale": ((_H // SCALE_BLOCK, "T"), torch.float32),
+    "gemm1_weights": ((_E, 2 * _I, _H), torch.float8_e4m3fn),
+    "gemm1_weights_scale": ((_E, 2 * _I // SCALE_BLOCK, _H // SCALE_BLOCK), torch.float32),
+    "gemm2_weights": ((_E, _H, _I), torch.float8_e4m3fn),
+    "gemm2_weights_scale": ((_E, _H // SCALE_BLOCK, _I // SCALE_BLOCK), torch.float32),
+    "output": (("T", _H), torch.bfloat16),
+}
+_SUPPORTED_MAJORS = {9: "Hopper (compute capability 9.0)", 10: "Blackwell (compute capability 10.x)"}
+
+
+def check_arguments(arguments: dict[str, object]) -> int:
+    """Return T after checking `run`'s arguments by name.
+
+    Raises:
+        TypeError: an argument is of the wrong Python type, None included.
+        ValueError: a tensor has the wrong dtype, shape, device or memory layout, or T exceeds `MAX_TOKENS`.
+        RuntimeError: the tensors' GPU is not a supported one.
+    """
+    for name in TENSORS:
+        if not isinstance(arguments[name], torch.Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {_type_name(arguments[name])}")
+    _check_number("local_expert_offset", arguments["local_expert_offset"], numbers.Integral, "an int")
+    _check_number("routed_scaling_factor", arguments["routed_scaling_factor"], numbers.Real, "a float")
+
+    hidden_states = arguments["hidden_states"]
+    num_tokens = hidden_states.shape[0] if hidden_states.dim() == 2 else "T"
+    device = hidden_states.device
+    for name, (shape, dtype) in TENSORS.items():
+        tensor = arguments[name]
+        expected = tuple(num_tokens if size == "T" else size for size in shape)
+        if tensor.dtype != dtype:
+            raise ValueError(f"{name}: expected dtype {dtype}, got {tensor.dtype}")
+        if tensor.shape != expected:
+            raise ValueError(f"{name}: expected shape {_shape(expected)}, got {_shape(tensor.shape)}")
+        if tensor.device != device:
+            raise ValueError(f"{name}: expected device {device} (that of hidden_states), got {tensor.device}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
+    if num_tokens > MAX_TOKENS:
+        raise ValueError(f"hidden_states: expected at most {MAX_TOKENS} tokens, got {num_tokens}")
+    _check_device(device)
+    return num_tokens
+
+
+def _check_number(name: str, value: object, kind: type, expected: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise TypeError(f"{name}: expected {expected}, got {_type_name(value)}")
+
+
+def _check_device(device: torch.device) -> None:
+    if device.type == "cpu" and INTERPRETED:
+        return
+    supported = " or ".join(_SUPPORTED_MAJORS.values())
+    if device.type != "cuda":
+        raise RuntimeError(f"tensors are on {device}: this solution runs on an NVIDIA {supported} GPU, "
+                           "or on the CPU under TRITON_INTERPRET=1")
+    properties = torch.cuda.get_device_properties(device)
+    if properties.major not in _SUPPORTED_MAJORS:
+        raise RuntimeError(f"{properties.name} has compute capability {properties.major}.{properties.minor}: "
+                           f"supported are {supported}")
+
+
+def _type_name(value: object) -> str:
+    return "None" if value is None else type(value).__name__
+
+
+def _shape(shape: tuple) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"

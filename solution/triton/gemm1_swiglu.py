@@ -1,0 +1,203 @@
+"""GEMM1 and SwiGLU: gather a tile's tokens, multiply by the up and gate weights, activate, scale and store.
+
+up = A @ W[:I].T, gate = A @ W[I:].T, intermediate = silu(gate) * up. Every 128-wide block of K is one float8 product,
+promoted into the float32 accumulator with the token's scale times the weight block's.
+
+Two kernels for two regimes. *Streaming*: few rows an expert, bound by reading the weights; the weights are the M side of
+the product, so that 16 rows fill a tensor-core instruction. *Tiled*: many rows, bound by the tensor cores; the rows are
+the M side, so that a promotion needs one scale a row.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .contract import INTERPRETED
+from .intermediate import CHANNEL_GROUP, Intermediate, empty_intermediate, store_channel_group, swiglu
+from .launch import LAUNCH_OPTIONS, USE_PDL, pdl_wait, persistent_programs
+from .routing import Routing
+from .tuning import Regime
+
+
+def gemm1_swiglu(
+    hidden_states: torch.Tensor,
+    hidden_states_scale: torch.Tensor,
+    weights: torch.Tensor,
+    weights_scale: torch.Tensor,
+    routing: Routing,
+    regime: Regime,
+) -> Intermediate:
+    """Return silu(gate) * up for every row.
+
+    Args:
+        hidden_states: [T, H] float8_e4m3fn.
+        hidden_states_scale: [H / 128, T] float32.
+        weights: [E, 2 I, H] float8_e4m3fn, the up rows before the gate rows.
+        weights_scale: [E, 2 I / 128, H / 128] float32.
+        routing: lists whose tiles have regime.block_m rows.
+        regime: tile shapes and the intermediate's format.
+    """
+    num_tokens, hidden_size = hidden_states.shape
+    intermediate_size = weights.shape[1] // 2
+    device = hidden_states.device
+    tile = regime.gemm1
+    intermediate = empty_intermediate(routing.max_rows, intermediate_size, regime.intermediate_dtype, device)
+    num_programs = routing.max_tiles * (intermediate_size // tile.block_n)
+    arguments = [
+        hidden_states, hidden_states_scale, weights, weights_scale,
+        routing.row_tokens, routing.tile_experts, routing.tile_starts, routing.tile_ends, routing.num_tiles,
+        intermediate.values, intermediate.scale, num_tokens, routing.max_rows,
+    ]
+    options = dict(
+        H=hidden_size, I=intermediate_size, BLOCK_M=regime.block_m, BLOCK_N=tile.block_n, EMULATE_FP8=INTERPRETED,
+        PDL=USE_PDL, NUM_STAGES=tile.num_stages, num_warps=tile.num_warps, **LAUNCH_OPTIONS,
+    )
+    if regime.streaming:
+        # Programs of a channel group narrower than the scale's 128 leave their part here for the last one to store.
+        parts = torch.empty(routing.max_rows if tile.block_n < CHANNEL_GROUP else 0, intermediate_size,
+                            dtype=torch.float32, device=device)
+        _streaming_kernel[(num_programs,)](*arguments, parts, routing.arrivals, UNROLL=tile.unroll, **options)
+    else:
+        _tiled_kernel[(persistent_programs(num_programs, tile, device),)](*arguments, **options)
+    return intermediate
+
+
+@triton.jit(do_not_specialize=["T", "R"])
+def _streaming_kernel(
+    x_ptr,  # [T, H] float8_e4m3fn
+    x_scale_ptr,  # [H / 128, T] float32
+    w_ptr,  # [E, 2 I, H] float8_e4m3fn
+    w_scale_ptr,  # [E, 2 I / 128, H / 128] float32
+    row_tokens_ptr,  # [R] int32
+    tile_experts_ptr,  # [tiles] int32
+    tile_starts_ptr,  # [tiles] int32
+    tile_ends_ptr,  # [tiles] int32
+    num_tiles_ptr,  # [1] int32
+    c_ptr,  # out [R, I]
+    c_scale_ptr,  # out [I / 128, R] float32
+    T,
+    R,
+    parts_ptr,  # scratch [R, I] float32
+    arrivals_ptr,  # [tiles, I / 128] int32, zeros at the start
+    H: tl.constexpr,
+    I: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    UNROLL: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+    EMULATE_FP8: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid (tiles * I / BLOCK_N,): a program owns BLOCK_M rows x BLOCK_N channels: BLOCK_N up and BLOCK_N gate rows of W.
+
+    Up and gate rows alternate in one operand of 2 BLOCK_N rows, so both share a tensor-core instruction.
+    """
+    pdl_wait(PDL)
+    N_TILES: tl.constexpr = I // BLOCK_N
+    K_BLOCKS: tl.constexpr = H // 128
+    tile = tl.program_id(0) // N_TILES
+    pid_n = tl.program_id(0) % N_TILES
+    if tile >= tl.load(num_tiles_ptr):
+        return
+    expert = tl.load(tile_experts_ptr + tile)
+    rows = tl.load(tile_starts_ptr + tile) + tl.arange(0, BLOCK_M)
+    mask_m = rows < tl.load(tile_ends_ptr + tile)
+    tokens = tl.load(row_tokens_ptr + rows, mask=mask_m, other=0)
+
+    offs_w = tl.arange(0, 2 * BLOCK_N)
+    is_gate = offs_w % 2
+    offs_n = pid_n * BLOCK_N + offs_w // 2 + is_gate * I
+    offs_k = tl.arange(0, 128)
+    w_ptrs = w_ptr + (expert * 2 * I + offs_n)[:, None] * H + offs_k[None, :]
+    x_ptrs = x_ptr + tokens[:, None] * H + offs_k[None, :]
+    x_scale_ptrs = x_scale_ptr + tokens
+    up_scale_ptr = w_scale_ptr + (expert * (2 * I // 128) + pid_n * BLOCK_N // 128) * K_BLOCKS
+    gate_scale_ptr = up_scale_ptr + I // 128 * K_BLOCKS
+
+    acc = tl.zeros((2 * BLOCK_N, BLOCK_M), tl.float32)
+    for i in tl.range(0, K_BLOCKS // UNROLL, num_stages=NUM_STAGES):
+        for j in tl.static_range(UNROLL):
+            k = i * UNROLL + j
+            w = tl.load(w_ptrs + k * 128)
+            x = tl.load(x_ptrs + k * 128, mask=mask_m[:, None], other=0.0)
+            x_scale = tl.load(x_scale_ptrs + k * T, mask=mask_m, other=0.0)
+            w_scale = tl.where(is_gate == 0, tl.load(up_scale_ptr + k), tl.load(gate_scale_ptr + k))
+            acc += tl.dot(w, x.T) * (w_scale[:, None] * x_scale[None, :])
+
+    up, gate = tl.split(tl.reshape(acc.T, (BLOCK_M, BLOCK_N, 2)))
+    out = swiglu(up, gate)
+    group = pid_n * BLOCK_N // 128
+    if BLOCK_N == 128:
+        store_channel_group(c_ptr, c_scale_ptr, out, rows, mask_m, group, R, I, EMULATE_FP8)
+    else:
+        # The program that arrives last at a group of 128 channels finds all of its parts and stores it. Which one that
+        # is does not change the values. The barrier orders the whole program's stores before its arrival.
+        offs_row = rows[:, None].to(tl.int64) * I
+        tl.store(parts_ptr + offs_row + (pid_n * BLOCK_N + tl.arange(0, BLOCK_N))[None, :], out, mask=mask_m[:, None])
+        tl.debug_barrier()
+        arrived = tl.atomic_add(arrivals_ptr + tile * (I // 128) + group, 1, sem="acq_rel", scope="gpu")
+        if arrived == 128 // BLOCK_N - 1:
+            whole = tl.load(parts_ptr + offs_row + (group * 128 + offs_k)[None, :], mask=mask_m[:, None], other=0.0,
+                            cache_modifier=".cg")
+            store_channel_group(c_ptr, c_scale_ptr, whole, rows, mask_m, group, R, I, EMULATE_FP8)
+
+
+@triton.jit(do_not_specialize=["T", "R"])
+def _tiled_kernel(
+    x_ptr,  # [T, H] float8_e4m3fn
+    x_scale_ptr,  # [H / 128, T] float32
+    w_ptr,  # [E, 2 I, H] float8_e4m3fn
+    w_scale_ptr,  # [E, 2 I / 128, H / 128] float32
+    row_tokens_ptr,  # [R] int32
+    tile_experts_ptr,  # [tiles] int32
+    tile_starts_ptr,  # [tiles] int32
+    tile_ends_ptr,  # [tiles] int32
+    num_tiles_ptr,  # [1] int32
+    c_ptr,  # out [R, I]
+    c_scale_ptr,  # out [I / 128, R] float32
+    T,
+    R,
+    H: tl.constexpr,
+    I: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+    EMULATE_FP8: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid (programs,), persistent: a program takes every programs-th unit of BLOCK_M rows x BLOCK_N = 128 channels."""
+    tl.static_assert(BLOCK_N == 128, "a program stores whole channel groups")
+    pdl_wait(PDL)
+    N_TILES: tl.constexpr = I // BLOCK_N
+    K_BLOCKS: tl.constexpr = H // 128
+    num_units = tl.load(num_tiles_ptr) * N_TILES
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, 128)
+    for unit in range(tl.program_id(0), num_units, tl.num_programs(0)):
+        tile = unit // N_TILES
+        pid_n = unit % N_TILES
+        expert = tl.load(tile_experts_ptr + tile)
+        rows = tl.load(tile_starts_ptr + tile) + tl.arange(0, BLOCK_M)
+        mask_m = rows < tl.load(tile_ends_ptr + tile)
+        tokens = tl.load(row_tokens_ptr + rows, mask=mask_m, other=0)  # absent rows read token 0: valid, never stored
+
+        w_rows = expert * 2 * I + pid_n * BLOCK_N + offs_n
+        up_ptrs = w_ptr + w_rows[:, None] * H + offs_k[None, :]
+        gate_ptrs = up_ptrs + I * H
+        x_ptrs = x_ptr + tokens[:, None] * H + offs_k[None, :]
+        x_scale_ptrs = x_scale_ptr + tokens
+        up_scale_ptr = w_scale_ptr + (expert * (2 * I // 128) + pid_n) * K_BLOCKS
+        gate_scale_ptr = up_scale_ptr + I // 128 * K_BLOCKS
+
+        up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in tl.range(0, K_BLOCKS, num_stages=NUM_STAGES):
+            x = tl.load(x_ptrs + k * 128)
+            w_up = tl.load(up_ptrs + k * 128)
+            w_gate = tl.load(gate_ptrs + k * 128)
+            x_scale = tl.load(x_scale_ptrs + k * T)
+            up += tl.dot(x, w_up.T) * (x_scale * tl.load(up_scale_ptr + k))[:, None]
+            gate += tl.dot(x, w_gate.T) * (x_scale * tl.load(gate_scale_ptr + k))[:, None]
+        store_channel_group(c_ptr, c_scale_ptr, swiglu(up, gate), rows, mask_m, pid_n, R, I, EMULATE_FP8)

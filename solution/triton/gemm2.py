@@ -1,0 +1,149 @@
+"""GEMM2: the down projection of every row, C @ W.T, in float32.
+
+Streaming and tiled kernels as in gemm1_swiglu.py. The streaming kernel takes the float16 intermediate and turns the
+weights into float16 in registers, which is exact.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .intermediate import Intermediate
+from .launch import LAUNCH_OPTIONS, USE_PDL, pdl_wait, persistent_programs
+from .routing import Routing
+from .tuning import Regime
+
+
+def gemm2(
+    intermediate: Intermediate,
+    weights: torch.Tensor,
+    weights_scale: torch.Tensor,
+    routing: Routing,
+    regime: Regime,
+) -> torch.Tensor:
+    """Return the experts' outputs, [R, H] float32; rows past the last tile hold garbage.
+
+    Args:
+        intermediate: GEMM1's result in regime.intermediate_dtype.
+        weights: [E, H, I] float8_e4m3fn.
+        weights_scale: [E, H / 128, I / 128] float32.
+        routing: lists whose tiles have regime.block_m rows.
+        regime: tile shapes.
+    """
+    _, hidden_size, intermediate_size = weights.shape
+    tile = regime.gemm2
+    out = torch.empty(routing.max_rows, hidden_size, dtype=torch.float32, device=weights.device)
+    num_programs = routing.max_tiles * (hidden_size // tile.block_n)
+    arguments = [
+        intermediate.values, intermediate.scale, weights, weights_scale,
+        routing.tile_experts, routing.tile_starts, routing.tile_ends, routing.num_tiles, out, routing.max_rows,
+    ]
+    options = dict(
+        H=hidden_size, I=intermediate_size, BLOCK_M=regime.block_m, BLOCK_N=tile.block_n,
+        PDL=USE_PDL, NUM_STAGES=tile.num_stages, num_warps=tile.num_warps, **LAUNCH_OPTIONS,
+    )
+    if regime.streaming:
+        _streaming_kernel[(num_programs,)](*arguments, UNROLL=tile.unroll, **options)
+    else:
+        _tiled_kernel[(persistent_programs(num_programs, tile, weights.device),)](*arguments, **options)
+    return out
+
+
+@triton.jit(do_not_specialize=["R"])
+def _streaming_kernel(
+    c_ptr,  # [R, I] float16
+    c_scale_ptr,  # [I / 128, R] float32
+    w_ptr,  # [E, H, I] float8_e4m3fn
+    w_scale_ptr,  # [E, H / 128, I / 128] float32
+    tile_experts_ptr,  # [tiles] int32
+    tile_starts_ptr,  # [tiles] int32
+    tile_ends_ptr,  # [tiles] int32
+    num_tiles_ptr,  # [1] int32
+    out_ptr,  # out [R, H] float32
+    R,
+    H: tl.constexpr,
+    I: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    UNROLL: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid (tiles * H / BLOCK_N,): a program owns BLOCK_M rows x BLOCK_N columns."""
+    pdl_wait(PDL)
+    N_TILES: tl.constexpr = H // BLOCK_N
+    K_BLOCKS: tl.constexpr = I // 128
+    tile = tl.program_id(0) // N_TILES
+    pid_n = tl.program_id(0) % N_TILES
+    if tile >= tl.load(num_tiles_ptr):
+        return
+    expert = tl.load(tile_experts_ptr + tile)
+    rows = tl.load(tile_starts_ptr + tile) + tl.arange(0, BLOCK_M)
+    mask_m = rows < tl.load(tile_ends_ptr + tile)
+
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, 128)
+    w_ptrs = w_ptr + (expert * H + offs_n)[:, None] * I + offs_k[None, :]
+    c_ptrs = c_ptr + rows[:, None].to(tl.int64) * I + offs_k[None, :]
+    c_scale_ptrs = c_scale_ptr + rows
+    w_scale_ptrs = w_scale_ptr + (expert * (H // 128) + pid_n * BLOCK_N // 128) * K_BLOCKS
+
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for i in tl.range(0, K_BLOCKS // UNROLL, num_stages=NUM_STAGES):
+        for j in tl.static_range(UNROLL):
+            k = i * UNROLL + j
+            w = tl.load(w_ptrs + k * 128)
+            c = tl.load(c_ptrs + k * 128, mask=mask_m[:, None], other=0.0)
+            c_scale = tl.load(c_scale_ptrs + k * R, mask=mask_m, other=0.0)
+            acc += tl.dot(w.to(tl.float16), c.T) * (c_scale * tl.load(w_scale_ptrs + k))[None, :]
+    tl.store(out_ptr + rows[:, None].to(tl.int64) * H + offs_n[None, :], acc.T, mask=mask_m[:, None])
+
+
+@triton.jit(do_not_specialize=["R"])
+def _tiled_kernel(
+    c_ptr,  # [R, I] float8_e4m3fn
+    c_scale_ptr,  # [I / 128, R] float32
+    w_ptr,  # [E, H, I] float8_e4m3fn
+    w_scale_ptr,  # [E, H / 128, I / 128] float32
+    tile_experts_ptr,  # [tiles] int32
+    tile_starts_ptr,  # [tiles] int32
+    tile_ends_ptr,  # [tiles] int32
+    num_tiles_ptr,  # [1] int32
+    out_ptr,  # out [R, H] float32
+    R,
+    H: tl.constexpr,
+    I: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid (programs,), persistent: a program takes every programs-th unit of BLOCK_M rows x BLOCK_N columns."""
+    pdl_wait(PDL)
+    N_TILES: tl.constexpr = H // BLOCK_N
+    K_BLOCKS: tl.constexpr = I // 128
+    num_units = tl.load(num_tiles_ptr) * N_TILES
+    offs_k = tl.arange(0, 128)
+    for unit in range(tl.program_id(0), num_units, tl.num_programs(0)):
+        tile = unit // N_TILES
+        pid_n = unit % N_TILES
+        expert = tl.load(tile_experts_ptr + tile)
+        rows = tl.load(tile_starts_ptr + tile) + tl.arange(0, BLOCK_M)
+        mask_m = rows < tl.load(tile_ends_ptr + tile)
+        in_bounds = tl.minimum(rows, R - 1)  # absent rows read another row: valid, never stored
+
+        offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        w_ptrs = w_ptr + (expert * H + offs_n)[:, None] * I + offs_k[None, :]
+        c_ptrs = c_ptr + in_bounds[:, None].to(tl.int64) * I + offs_k[None, :]
+        c_scale_ptrs = c_scale_ptr + in_bounds
+        w_scale_ptrs = w_scale_ptr + (expert * (H // 128) + pid_n * BLOCK_N // 128) * K_BLOCKS
+
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in tl.range(0, K_BLOCKS, num_stages=NUM_STAGES):
+            c = tl.load(c_ptrs + k * 128)
+            w = tl.load(w_ptrs + k * 128)
+            c_scale = tl.load(c_scale_ptrs + k * R)
+            acc += tl.dot(c, w.T) * (c_scale * tl.load(w_scale_ptrs + k))[:, None]
+        tl.store(out_ptr + rows[:, None].to(tl.int64) * H + offs_n[None, :], acc, mask=mask_m[:, None])

@@ -1,0 +1,239 @@
+"""Routing: DeepSeek-V3's group-limited top-8, and on the device the lists that the GEMMs walk.
+
+A *row* is a pair (token, local expert). Rows are sorted by local expert, then by token; a *tile* is up to BLOCK_M
+neighbouring rows of one expert. Both are built by two launches without a host synchronisation: the first routes blocks
+of tokens and counts each block's rows by expert, the second turns the counts into positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .contract import NUM_EXPERTS, NUM_GROUPS, NUM_LOCAL_EXPERTS, TOP_GROUPS, TOP_K
+from .launch import LAUNCH_OPTIONS, USE_PDL, pdl_wait
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What routing leaves on the device for the later stages. R = 8 T bounds the rows, M the tiles."""
+
+    topk_weights: torch.Tensor  # [T, 8] float32: scaled weight of each of a token's experts
+    token_rows: torch.Tensor  # [T, 8] int32: the row of each of a token's experts, -1 where it is not local
+    row_tokens: torch.Tensor  # [R] int32: row -> token
+    tile_experts: torch.Tensor  # [M] int32: tile -> local expert
+    tile_starts: torch.Tensor  # [M] int32: first row of the tile
+    tile_ends: torch.Tensor  # [M] int32: one past its last row
+    num_tiles: torch.Tensor  # [1] int32: tiles in use
+    arrivals: torch.Tensor  # [M, groups] int32, zeroed: GEMM1's programs that have finished a tile's channel group
+
+    @property
+    def max_rows(self) -> int:
+        return self.row_tokens.shape[0]
+
+    @property
+    def max_tiles(self) -> int:
+        return self.tile_experts.shape[0]
+
+
+def max_tiles(num_tokens: int, block_m: int) -> int:
+    """Tiles that T tokens can need at most: every expert but one wastes up to a tile, and no tile is empty."""
+    max_rows = num_tokens * TOP_K
+    return min(max_rows, max_rows // block_m + NUM_LOCAL_EXPERTS)
+
+
+def route(
+    routing_logits: torch.Tensor,
+    routing_bias: torch.Tensor,
+    local_expert_offset: int,
+    routed_scaling_factor: float,
+    block_m: int,
+    num_channel_groups: int,
+) -> Routing:
+    """Select each token's experts and build the row and tile lists.
+
+    Args:
+        routing_logits: [T, 256] float32, T >= 1.
+        routing_bias: [256] bfloat16, added for the selection only.
+        local_expert_offset: global id of local expert 0; any integer.
+        routed_scaling_factor: multiplies the normalised weights.
+        block_m: rows of a tile, a power of two.
+        num_channel_groups: counters that GEMM1 needs for a tile.
+    """
+    num_tokens = routing_logits.shape[0]
+    device = routing_logits.device
+    block_t = 4 if num_tokens <= 256 else 32
+    num_blocks = triton.cdiv(num_tokens, block_t)
+    num_tiles_bound = max_tiles(num_tokens, block_m)
+
+    def int32(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=device)
+
+    topk_ids = int32(num_tokens, TOP_K)
+    block_counts = int32(num_blocks, NUM_LOCAL_EXPERTS)
+    routing = Routing(
+        topk_weights=torch.empty(num_tokens, TOP_K, dtype=torch.float32, device=device),
+        token_rows=int32(num_tokens, TOP_K),
+        row_tokens=int32(num_tokens * TOP_K),
+        tile_experts=int32(num_tiles_bound),
+        tile_starts=int32(num_tiles_bound),
+        tile_ends=int32(num_tiles_bound),
+        num_tiles=int32(1),
+        arrivals=int32(num_tiles_bound, num_channel_groups),
+    )
+    # Offsets beyond these leave no expert local either, and they fit the kernel's int32.
+    offset = max(-NUM_LOCAL_EXPERTS, min(int(local_expert_offset), NUM_EXPERTS))
+    _top_k_kernel[(num_blocks,)](
+        routing_logits, routing_bias, topk_ids, routing.topk_weights, block_counts,
+        num_tokens, offset, float(routed_scaling_factor),
+        E=NUM_LOCAL_EXPERTS, EXPERTS=NUM_EXPERTS, GROUPS=NUM_GROUPS, TOP_GROUPS=TOP_GROUPS, TOP_K=TOP_K,
+        BLOCK_T=block_t, PDL=USE_PDL, num_warps=4, **LAUNCH_OPTIONS,
+    )
+    _lists_kernel[(num_blocks,)](
+        topk_ids, block_counts, routing.token_rows, routing.row_tokens, routing.tile_experts, routing.tile_starts,
+        routing.tile_ends, routing.num_tiles, routing.arrivals, num_tokens, num_blocks,
+        E=NUM_LOCAL_EXPERTS, TOP_K=TOP_K, CHANNEL_GROUPS=num_channel_groups, BLOCK_M=block_m, BLOCK_T=block_t,
+        PDL=USE_PDL, num_warps=4, **LAUNCH_OPTIONS,
+    )
+    return routing
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _sortable(x):
+    """int32 that orders as the float32 x does; NaN above all. INT32_MIN stays free for 'not a candidate'."""
+    bits = tl.where(x == x, x, float("nan")).to(tl.int32, bitcast=True)
+    return tl.where(x == x, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
+
+
+@triton.jit(do_not_specialize=["T", "local_expert_offset"])
+def _top_k_kernel(
+    logits_ptr,  # [T, EXPERTS] float32
+    bias_ptr,  # [EXPERTS] bfloat16
+    topk_ids_ptr,  # out [T, TOP_K] int32: local expert, -1 where it is not local
+    topk_weights_ptr,  # out [T, TOP_K] float32
+    block_counts_ptr,  # out [blocks, E] int32: rows of each local expert among the block's tokens
+    T,
+    local_expert_offset,
+    routed_scaling_factor,
+    E: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid (cdiv(T, BLOCK_T),): a program routes BLOCK_T tokens."""
+    pdl_wait(PDL)
+    pid = tl.program_id(0)
+    offs_t = pid * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_e = tl.arange(0, EXPERTS)
+    offs_k = tl.arange(0, TOP_K)
+    token_mask = offs_t < T
+
+    logits = tl.load(logits_ptr + offs_t[:, None] * EXPERTS + offs_e[None, :], mask=token_mask[:, None], other=0.0)
+    biased = _sigmoid(logits) + tl.load(bias_ptr + offs_e).to(tl.float32)[None, :]
+
+    # A group's score is the sum of its two best experts; keep the groups that fewer than TOP_GROUPS groups beat.
+    grouped = tl.reshape(biased, (BLOCK_T, GROUPS, EXPERTS // GROUPS))
+    best, best_at = tl.max(grouped, axis=2, return_indices=True)
+    is_best = tl.arange(0, EXPERTS // GROUPS)[None, None, :] == best_at[:, :, None]
+    score = best + tl.max(tl.where(is_best, float("-inf"), grouped), axis=2)
+    offs_g = tl.arange(0, GROUPS)
+    beats = (score[:, None, :] > score[:, :, None]) | (
+        (score[:, None, :] == score[:, :, None]) & (offs_g[None, None, :] < offs_g[None, :, None])
+    )
+    keep = tl.sum(beats.to(tl.int32), axis=2) < TOP_GROUPS
+    keys = tl.where(keep[:, :, None], _sortable(grouped), -(2**31))
+    keys = tl.reshape(keys, (BLOCK_T, EXPERTS))
+
+    ids = tl.zeros((BLOCK_T, TOP_K), tl.int32)
+    for k in tl.static_range(TOP_K):
+        winner = tl.argmax(keys, axis=1)  # the lowest index among equals
+        ids = tl.where(offs_k[None, :] == k, winner[:, None], ids)
+        keys = tl.where(offs_e[None, :] == winner[:, None], -(2**31), keys)
+
+    weights = _sigmoid(tl.load(logits_ptr + offs_t[:, None] * EXPERTS + ids, mask=token_mask[:, None], other=0.0))
+    weights = weights / (tl.sum(weights, axis=1) + 1e-20)[:, None] * routed_scaling_factor
+    local = ids - local_expert_offset
+    local = tl.where((local >= 0) & (local < E), local, -1)
+    offs_out = offs_t[:, None] * TOP_K + offs_k[None, :]
+    tl.store(topk_ids_ptr + offs_out, local, mask=token_mask[:, None])
+    tl.store(topk_weights_ptr + offs_out, weights, mask=token_mask[:, None])
+
+    local = tl.where(token_mask[:, None], local, -1)
+    offs_local = tl.arange(0, E)
+    is_row = (local[:, :, None] == offs_local[None, None, :]).to(tl.int32)
+    tl.store(block_counts_ptr + pid * E + offs_local, tl.sum(tl.sum(is_row, axis=1), axis=0))
+
+
+@triton.jit(do_not_specialize=["T", "num_blocks"])
+def _lists_kernel(
+    topk_ids_ptr,  # [T, TOP_K] int32
+    block_counts_ptr,  # [num_blocks, E] int32
+    token_rows_ptr,  # out [T, TOP_K] int32
+    row_tokens_ptr,  # out [T * TOP_K] int32
+    tile_experts_ptr,  # out [tiles] int32
+    tile_starts_ptr,  # out [tiles] int32
+    tile_ends_ptr,  # out [tiles] int32
+    num_tiles_ptr,  # out [1] int32
+    arrivals_ptr,  # out [tiles, CHANNEL_GROUPS] int32, zeros
+    T,
+    num_blocks,
+    E: tl.constexpr,
+    TOP_K: tl.constexpr,
+    CHANNEL_GROUPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid (num_blocks,): a program places its BLOCK_T tokens' rows and writes every num_blocks-th tile of an expert."""
+    pdl_wait(PDL)
+    pid = tl.program_id(0)
+    offs_e = tl.arange(0, E)
+    BLOCKS: tl.constexpr = 64
+    total = tl.zeros((E,), tl.int32)
+    before = tl.zeros((E,), tl.int32)  # rows of each expert in earlier blocks
+    for first in range(0, num_blocks, BLOCKS):
+        offs_b = first + tl.arange(0, BLOCKS)
+        counts = tl.load(block_counts_ptr + offs_b[:, None] * E + offs_e[None, :], mask=(offs_b < num_blocks)[:, None],
+                         other=0)
+        total += tl.sum(counts, axis=0)
+        before += tl.sum(tl.where((offs_b < pid)[:, None], counts, 0), axis=0)
+    starts = tl.cumsum(total, axis=0) - total
+
+    offs_t = pid * BLOCK_T + tl.arange(0, BLOCK_T)
+    token_mask = offs_t < T
+    is_row = tl.zeros((BLOCK_T, E), tl.int32)
+    for k in tl.static_range(TOP_K):
+        local = tl.load(topk_ids_ptr + offs_t * TOP_K + k, mask=token_mask, other=-1)
+        is_row += (local[:, None] == offs_e[None, :]).to(tl.int32)
+    rows = (starts + before)[None, :] + tl.cumsum(is_row, axis=0) - is_row
+    tl.store(row_tokens_ptr + rows, tl.broadcast_to(offs_t[:, None], (BLOCK_T, E)), mask=is_row > 0)
+    for k in tl.static_range(TOP_K):
+        local = tl.load(topk_ids_ptr + offs_t * TOP_K + k, mask=token_mask, other=-1)
+        row = tl.sum(tl.where(local[:, None] == offs_e[None, :], rows, 0), axis=1)
+        tl.store(token_rows_ptr + offs_t * TOP_K + k, tl.where(local >= 0, row, -1), mask=token_mask)
+
+    tiles = (total + BLOCK_M - 1) // BLOCK_M
+    first_tiles = tl.cumsum(tiles, axis=0) - tiles
+    num_tiles = tl.sum(tiles, axis=0)
+    for i in range(pid, tl.max(tiles, axis=0), num_blocks):
+        tile_start = starts + i * BLOCK_M
+        tl.store(tile_experts_ptr + first_tiles + i, offs_e, mask=i < tiles)
+        tl.store(tile_starts_ptr + first_tiles + i, tile_start, mask=i < tiles)
+        tl.store(tile_ends_ptr + first_tiles + i, tl.minimum(tile_start + BLOCK_M, starts + total), mask=i < tiles)
+    if pid == 0:
+        tl.store(num_tiles_ptr, num_tiles)
+    CHUNK: tl.constexpr = 512
+    for first in range(pid * CHUNK, num_tiles * CHANNEL_GROUPS, num_blocks * CHUNK):
+        offs = first + tl.arange(0, CHUNK)
+        tl.store(arrivals_ptr + offs, tl.zeros((CHUNK,), tl.int32), mask=offs < num_tiles * CHANNEL_GROUPS)
