@@ -59,9 +59,9 @@ class Resources:
     tensor_core: str  # the instructions that the float8 / float16 products became
 
 
-def record_launches(regime: tuning.Regime) -> list[Launch]:
-    """Return the launches of one call at the regime's largest T, in order."""
-    num_tokens = regime.max_tokens
+def record_launches(config: tuning.Config) -> list[Launch]:
+    """Return the launches of one call at the config's largest T, in order."""
+    num_tokens = config.max_tokens
     inputs = {
         name: torch.empty([num_tokens if size == "T" else size for size in shape], dtype=dtype, device="meta")
         for name, (shape, dtype) in contract.TENSORS.items()
@@ -74,11 +74,11 @@ def record_launches(regime: tuning.Regime) -> list[Launch]:
         launches.append(Launch(kernel, arguments, {k: v for k, v in kwargs.items() if k not in names}))
 
     with mock.patch.object(JITFunction, "run", record):
-        routing = route(inputs["routing_logits"], inputs["routing_bias"], 0, 1.0, regime.block_m,
+        routing = route(inputs["routing_logits"], inputs["routing_bias"], 0, 1.0, config.block_m,
                         contract.INTERMEDIATE_SIZE // CHANNEL_GROUP)
         intermediate = gemm1_swiglu(inputs["hidden_states"], inputs["hidden_states_scale"], inputs["gemm1_weights"],
-                                    inputs["gemm1_weights_scale"], routing, regime)
-        rows = gemm2(intermediate, inputs["gemm2_weights"], inputs["gemm2_weights_scale"], routing, regime)
+                                    inputs["gemm1_weights_scale"], routing, config)
+        rows = gemm2(intermediate, inputs["gemm2_weights"], inputs["gemm2_weights_scale"], routing, config)
         finalize(rows, routing, inputs["output"])
     return launches
 
@@ -115,11 +115,11 @@ def _ptxas(ptx: str, capability: int) -> str:
 
 
 def compile_all(targets: tuple[int, ...] = TARGETS) -> Iterator[tuple[int, int, str, Resources]]:
-    """Yield (capability, the regime's last T, kernel, resources) for every kernel of every regime."""
+    """Yield (capability, the config's last T, kernel, resources) for every kernel of every config."""
     for capability in targets:
-        for regime in tuning.REGIMES:
-            for launch in record_launches(regime):
-                yield capability, regime.max_tokens, launch.name, compile_launch(launch, capability)
+        for config in tuning.TABLES[capability // 10]:
+            for launch in record_launches(config):
+                yield capability, config.max_tokens, launch.name, compile_launch(launch, capability)
 
 
 def main() -> None:

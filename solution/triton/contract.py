@@ -31,7 +31,7 @@ TENSORS = {
     "gemm2_weights_scale": ((_E, _H // SCALE_BLOCK, _I // SCALE_BLOCK), torch.float32),
     "output": (("T", _H), torch.bfloat16),
 }
-_SUPPORTED_MAJORS = {9: "Hopper (compute capability 9.0)", 10: "Blackwell (compute capability 10.x)"}
+SUPPORTED_GPUS = {9: "Hopper (compute capability 9.0)", 10: "Blackwell (compute capability 10.x)"}
 
 
 def check_arguments(arguments: dict[str, object]) -> int:
@@ -40,7 +40,6 @@ def check_arguments(arguments: dict[str, object]) -> int:
     Raises:
         TypeError: an argument is of the wrong Python type, None included.
         ValueError: a tensor has the wrong dtype, shape, device or memory layout, or T exceeds `MAX_TOKENS`.
-        RuntimeError: the tensors' GPU is not a supported one.
     """
     for name in TENSORS:
         if not isinstance(arguments[name], torch.Tensor):
@@ -64,7 +63,6 @@ def check_arguments(arguments: dict[str, object]) -> int:
             raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
     if num_tokens > MAX_TOKENS:
         raise ValueError(f"hidden_states: expected at most {MAX_TOKENS} tokens, got {num_tokens}")
-    _check_device(device)
     return num_tokens
 
 
@@ -73,17 +71,23 @@ def _check_number(name: str, value: object, kind: type, expected: str) -> None:
         raise TypeError(f"{name}: expected {expected}, got {_type_name(value)}")
 
 
-def _check_device(device: torch.device) -> None:
+def gpu_properties(device: torch.device) -> tuple[int, tuple[int, int]]:
+    """Return (SM count, compute capability) of a supported device; the interpreter stands in for one Hopper SM.
+
+    Raises:
+        RuntimeError: the device is not supported.
+    """
     if device.type == "cpu" and INTERPRETED:
-        return
-    supported = " or ".join(_SUPPORTED_MAJORS.values())
+        return 1, (9, 0)
+    supported = " or ".join(SUPPORTED_GPUS.values())
     if device.type != "cuda":
         raise RuntimeError(f"tensors are on {device}: this solution runs on an NVIDIA {supported} GPU, "
                            "or on the CPU under TRITON_INTERPRET=1")
     properties = torch.cuda.get_device_properties(device)
-    if properties.major not in _SUPPORTED_MAJORS:
+    if properties.major not in SUPPORTED_GPUS:
         raise RuntimeError(f"{properties.name} has compute capability {properties.major}.{properties.minor}: "
                            f"supported are {supported}")
+    return properties.multi_processor_count, (properties.major, properties.minor)
 
 
 def _type_name(value: object) -> str:

@@ -13,12 +13,13 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .contract import INTERPRETED
 from .intermediate import CHANNEL_GROUP, Intermediate, empty_intermediate, store_channel_group, swiglu
-from .launch import LAUNCH_OPTIONS, USE_PDL, pdl_wait, persistent_programs
+from .launch import LAUNCH_OPTIONS, USE_PDL, pdl_wait
 from .routing import Routing
-from .tuning import Regime
+from .tuning import Config
 
 
 def gemm1_swiglu(
@@ -27,7 +28,7 @@ def gemm1_swiglu(
     weights: torch.Tensor,
     weights_scale: torch.Tensor,
     routing: Routing,
-    regime: Regime,
+    config: Config,
 ) -> Intermediate:
     """Return silu(gate) * up for every row.
 
@@ -36,31 +37,31 @@ def gemm1_swiglu(
         hidden_states_scale: [H / 128, T] float32.
         weights: [E, 2 I, H] float8_e4m3fn, the up rows before the gate rows.
         weights_scale: [E, 2 I / 128, H / 128] float32.
-        routing: lists whose tiles have regime.block_m rows.
-        regime: tile shapes and the intermediate's format.
+        routing: lists whose tiles have config.block_m rows.
+        config: tile shapes and the intermediate's format.
     """
     num_tokens, hidden_size = hidden_states.shape
     intermediate_size = weights.shape[1] // 2
     device = hidden_states.device
-    tile = regime.gemm1
-    intermediate = empty_intermediate(routing.max_rows, intermediate_size, regime.intermediate_dtype, device)
-    num_programs = routing.max_tiles * (intermediate_size // tile.block_n)
-    arguments = [
-        hidden_states, hidden_states_scale, weights, weights_scale,
-        routing.row_tokens, routing.tile_experts, routing.tile_starts, routing.tile_ends, routing.num_tiles,
-        intermediate.values, intermediate.scale, num_tokens, routing.max_rows,
-    ]
+    tile = config.gemm1
+    intermediate = empty_intermediate(routing.max_rows, intermediate_size, config.intermediate_dtype, device)
+    num_units = routing.max_tiles * (intermediate_size // tile.block_n)
+    lists = [routing.row_tokens, routing.tile_experts, routing.tile_starts, routing.tile_ends, routing.num_tiles]
+    out = [intermediate.values, intermediate.scale, num_tokens, routing.max_rows]
     options = dict(
-        H=hidden_size, I=intermediate_size, BLOCK_M=regime.block_m, BLOCK_N=tile.block_n, EMULATE_FP8=INTERPRETED,
+        H=hidden_size, I=intermediate_size, BLOCK_M=config.block_m, BLOCK_N=tile.block_n, EMULATE_FP8=INTERPRETED,
         PDL=USE_PDL, NUM_STAGES=tile.num_stages, num_warps=tile.num_warps, **LAUNCH_OPTIONS,
     )
-    if regime.streaming:
+    if config.streaming:
         # Programs of a channel group narrower than the scale's 128 leave their part here for the last one to store.
         parts = torch.empty(routing.max_rows if tile.block_n < CHANNEL_GROUP else 0, intermediate_size,
                             dtype=torch.float32, device=device)
-        _streaming_kernel[(num_programs,)](*arguments, parts, routing.arrivals, UNROLL=tile.unroll, **options)
+        _streaming_kernel[(num_units,)](hidden_states, hidden_states_scale, weights, weights_scale, *lists, *out,
+                                        parts, routing.arrivals, UNROLL=tile.unroll, **options)
     else:
-        _tiled_kernel[(persistent_programs(num_programs, tile, device),)](*arguments, **options)
+        w_desc = TensorDescriptor.from_tensor(weights.view(-1, hidden_size), [tile.block_n, 128])
+        _tiled_kernel[(min(num_units, config.num_sms),)](hidden_states, hidden_states_scale, w_desc, weights_scale,
+                                                         *lists, *out, **options)
     return intermediate
 
 
@@ -148,7 +149,7 @@ def _streaming_kernel(
 def _tiled_kernel(
     x_ptr,  # [T, H] float8_e4m3fn
     x_scale_ptr,  # [H / 128, T] float32
-    w_ptr,  # [E, 2 I, H] float8_e4m3fn
+    w_desc,  # [E * 2 I, H] float8_e4m3fn, block [BLOCK_N, 128]
     w_scale_ptr,  # [E, 2 I / 128, H / 128] float32
     row_tokens_ptr,  # [R] int32
     tile_experts_ptr,  # [tiles] int32
@@ -173,7 +174,6 @@ def _tiled_kernel(
     N_TILES: tl.constexpr = I // BLOCK_N
     K_BLOCKS: tl.constexpr = H // 128
     num_units = tl.load(num_tiles_ptr) * N_TILES
-    offs_n = tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, 128)
     for unit in range(tl.program_id(0), num_units, tl.num_programs(0)):
         tile = unit // N_TILES
@@ -183,9 +183,7 @@ def _tiled_kernel(
         mask_m = rows < tl.load(tile_ends_ptr + tile)
         tokens = tl.load(row_tokens_ptr + rows, mask=mask_m, other=0)  # absent rows read token 0: valid, never stored
 
-        w_rows = expert * 2 * I + pid_n * BLOCK_N + offs_n
-        up_ptrs = w_ptr + w_rows[:, None] * H + offs_k[None, :]
-        gate_ptrs = up_ptrs + I * H
+        up_row = expert * 2 * I + pid_n * BLOCK_N
         x_ptrs = x_ptr + tokens[:, None] * H + offs_k[None, :]
         x_scale_ptrs = x_scale_ptr + tokens
         up_scale_ptr = w_scale_ptr + (expert * (2 * I // 128) + pid_n) * K_BLOCKS
@@ -195,8 +193,8 @@ def _tiled_kernel(
         gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in tl.range(0, K_BLOCKS, num_stages=NUM_STAGES):
             x = tl.load(x_ptrs + k * 128)
-            w_up = tl.load(up_ptrs + k * 128)
-            w_gate = tl.load(gate_ptrs + k * 128)
+            w_up = w_desc.load([up_row, k * 128])
+            w_gate = w_desc.load([up_row + I, k * 128])
             x_scale = tl.load(x_scale_ptrs + k * T)
             up += tl.dot(x, w_up.T) * (x_scale * tl.load(up_scale_ptr + k))[:, None]
             gate += tl.dot(x, w_gate.T) * (x_scale * tl.load(gate_scale_ptr + k))[:, None]

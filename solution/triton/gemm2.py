@@ -9,11 +9,12 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .intermediate import Intermediate
-from .launch import LAUNCH_OPTIONS, USE_PDL, pdl_wait, persistent_programs
+from .launch import LAUNCH_OPTIONS, USE_PDL, pdl_wait
 from .routing import Routing
-from .tuning import Regime
+from .tuning import Config
 
 
 def gemm2(
@@ -21,33 +22,34 @@ def gemm2(
     weights: torch.Tensor,
     weights_scale: torch.Tensor,
     routing: Routing,
-    regime: Regime,
+    config: Config,
 ) -> torch.Tensor:
     """Return the experts' outputs, [R, H] float32; rows past the last tile hold garbage.
 
     Args:
-        intermediate: GEMM1's result in regime.intermediate_dtype.
+        intermediate: GEMM1's result in config.intermediate_dtype.
         weights: [E, H, I] float8_e4m3fn.
         weights_scale: [E, H / 128, I / 128] float32.
-        routing: lists whose tiles have regime.block_m rows.
-        regime: tile shapes.
+        routing: lists whose tiles have config.block_m rows.
+        config: tile shapes.
     """
     _, hidden_size, intermediate_size = weights.shape
-    tile = regime.gemm2
+    tile = config.gemm2
     out = torch.empty(routing.max_rows, hidden_size, dtype=torch.float32, device=weights.device)
-    num_programs = routing.max_tiles * (hidden_size // tile.block_n)
-    arguments = [
-        intermediate.values, intermediate.scale, weights, weights_scale,
-        routing.tile_experts, routing.tile_starts, routing.tile_ends, routing.num_tiles, out, routing.max_rows,
-    ]
+    num_units = routing.max_tiles * (hidden_size // tile.block_n)
+    scales_and_lists = [weights_scale, routing.tile_experts, routing.tile_starts, routing.tile_ends, routing.num_tiles]
     options = dict(
-        H=hidden_size, I=intermediate_size, BLOCK_M=regime.block_m, BLOCK_N=tile.block_n,
+        H=hidden_size, I=intermediate_size, BLOCK_M=config.block_m, BLOCK_N=tile.block_n,
         PDL=USE_PDL, NUM_STAGES=tile.num_stages, num_warps=tile.num_warps, **LAUNCH_OPTIONS,
     )
-    if regime.streaming:
-        _streaming_kernel[(num_programs,)](*arguments, UNROLL=tile.unroll, **options)
+    if config.streaming:
+        _streaming_kernel[(num_units,)](intermediate.values, intermediate.scale, weights, *scales_and_lists, out,
+                                        routing.max_rows, UNROLL=tile.unroll, **options)
     else:
-        _tiled_kernel[(persistent_programs(num_programs, tile, weights.device),)](*arguments, **options)
+        c_desc = TensorDescriptor.from_tensor(intermediate.values, [config.block_m, 128])
+        w_desc = TensorDescriptor.from_tensor(weights.view(-1, intermediate_size), [tile.block_n, 128])
+        _tiled_kernel[(min(num_units, config.num_sms),)](c_desc, intermediate.scale, w_desc, *scales_and_lists, out,
+                                                         routing.max_rows, **options)
     return out
 
 
@@ -103,9 +105,9 @@ def _streaming_kernel(
 
 @triton.jit(do_not_specialize=["R"])
 def _tiled_kernel(
-    c_ptr,  # [R, I] float8_e4m3fn
+    c_desc,  # [R, I] float8_e4m3fn, block [BLOCK_M, 128]
     c_scale_ptr,  # [I / 128, R] float32
-    w_ptr,  # [E, H, I] float8_e4m3fn
+    w_desc,  # [E * H, I] float8_e4m3fn, block [BLOCK_N, 128]
     w_scale_ptr,  # [E, H / 128, I / 128] float32
     tile_experts_ptr,  # [tiles] int32
     tile_starts_ptr,  # [tiles] int32
@@ -125,25 +127,21 @@ def _tiled_kernel(
     N_TILES: tl.constexpr = H // BLOCK_N
     K_BLOCKS: tl.constexpr = I // 128
     num_units = tl.load(num_tiles_ptr) * N_TILES
-    offs_k = tl.arange(0, 128)
     for unit in range(tl.program_id(0), num_units, tl.num_programs(0)):
         tile = unit // N_TILES
         pid_n = unit % N_TILES
         expert = tl.load(tile_experts_ptr + tile)
-        rows = tl.load(tile_starts_ptr + tile) + tl.arange(0, BLOCK_M)
+        first_row = tl.load(tile_starts_ptr + tile)
+        rows = first_row + tl.arange(0, BLOCK_M)
         mask_m = rows < tl.load(tile_ends_ptr + tile)
-        in_bounds = tl.minimum(rows, R - 1)  # absent rows read another row: valid, never stored
-
         offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        w_ptrs = w_ptr + (expert * H + offs_n)[:, None] * I + offs_k[None, :]
-        c_ptrs = c_ptr + in_bounds[:, None].to(tl.int64) * I + offs_k[None, :]
-        c_scale_ptrs = c_scale_ptr + in_bounds
+        c_scale_ptrs = c_scale_ptr + tl.minimum(rows, R - 1)  # absent rows: the next expert's, never stored
         w_scale_ptrs = w_scale_ptr + (expert * (H // 128) + pid_n * BLOCK_N // 128) * K_BLOCKS
 
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in tl.range(0, K_BLOCKS, num_stages=NUM_STAGES):
-            c = tl.load(c_ptrs + k * 128)
-            w = tl.load(w_ptrs + k * 128)
+            c = c_desc.load([first_row, k * 128])
+            w = w_desc.load([expert * H + pid_n * BLOCK_N, k * 128])
             c_scale = tl.load(c_scale_ptrs + k * R)
             acc += tl.dot(c, w.T) * (c_scale * tl.load(w_scale_ptrs + k))[:, None]
         tl.store(out_ptr + rows[:, None].to(tl.int64) * H + offs_n[None, :], acc, mask=mask_m[:, None])

@@ -15,7 +15,6 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .contract import INTERPRETED
-from .tuning import Tile
 
 USE_PDL = not INTERPRETED
 LAUNCH_OPTIONS = {"launch_pdl": True} if USE_PDL else {}
@@ -32,9 +31,3 @@ def pdl_wait(PDL: tl.constexpr):
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-
-
-def persistent_programs(num_units: int, tile: Tile, device: torch.device) -> int:
-    """Programs of a persistent kernel: as many as the GPU holds at once, and no more than there may be units."""
-    num_sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    return min(num_units, num_sms * tile.programs_per_sm)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from .contract import check_arguments
+from .contract import check_arguments, gpu_properties
 from .finalize import finalize
 from .gemm1_swiglu import gemm1_swiglu
 from .gemm2 import gemm2
 from .intermediate import CHANNEL_GROUP
 from .launch import on_device
 from .routing import route
-from .tuning import select_regime
+from .tuning import select_config
 
 
 def run(
@@ -43,17 +43,19 @@ def run(
         output: [T, 7168] bfloat16, every element is overwritten.
 
     Raises:
-        TypeError, ValueError, RuntimeError: see `contract.check_arguments`; nothing has been launched or written then.
+        TypeError, ValueError: an argument is not as above, see `contract.check_arguments`.
+        RuntimeError: the GPU is not supported. In every case nothing has been launched or written.
     """
     num_tokens = check_arguments(locals())
+    num_sms, capability = gpu_properties(hidden_states.device)
     if num_tokens == 0:
         return
-    regime = select_regime(num_tokens)
+    config = select_config(num_tokens, num_sms, capability)
     num_channel_groups = gemm2_weights.shape[2] // CHANNEL_GROUP
     with on_device(hidden_states.device):
         routing = route(routing_logits, routing_bias, local_expert_offset, routed_scaling_factor,
-                        regime.block_m, num_channel_groups)
+                        config.block_m, num_channel_groups)
         intermediate = gemm1_swiglu(hidden_states, hidden_states_scale, gemm1_weights, gemm1_weights_scale,
-                                    routing, regime)
-        expert_rows = gemm2(intermediate, gemm2_weights, gemm2_weights_scale, routing, regime)
+                                    routing, config)
+        expert_rows = gemm2(intermediate, gemm2_weights, gemm2_weights_scale, routing, config)
         finalize(expert_rows, routing, output)

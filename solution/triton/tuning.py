@@ -1,8 +1,8 @@
-"""Tile shapes by regime: a table of frozen rows and a pure selector."""
+"""Tile shapes by regime: a table of frozen rows for each GPU generation and a pure selector."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,32 +15,42 @@ class Tile:
     num_warps: int
     num_stages: int
     unroll: int = 1  # K blocks of 128 in an iteration (streaming kernels)
-    programs_per_sm: int = 1  # resident programs (tiled kernels, which are persistent)
 
 
 @dataclass(frozen=True)
-class Regime:
-    """Everything that depends on the number of tokens."""
+class Config:
+    """Everything that depends on the number of tokens and on the GPU."""
 
     max_tokens: int  # the regime's last T
     block_m: int  # rows of a tile, in both GEMMs
     streaming: bool  # weights on the M side and a float16 intermediate; otherwise rows, and float8
     gemm1: Tile
     gemm2: Tile
+    num_sms: int = 1
 
     @property
     def intermediate_dtype(self) -> torch.dtype:
         return torch.float16 if self.streaming else torch.float8_e4m3fn
 
 
-REGIMES = (
-    Regime(128, 16, True, Tile(32, 4, 3, unroll=2), Tile(64, 4, 3, unroll=2)),
-    Regime(512, 32, True, Tile(64, 4, 3), Tile(128, 4, 3)),
-    Regime(2048, 64, True, Tile(64, 8, 4), Tile(128, 8, 4)),
-    Regime(65_536, 128, False, Tile(128, 8, 4), Tile(128, 8, 4)),
-)
+# Keyed by the major compute capability. Hopper's rows were measured (H100 80GB HBM3, 2026-11-22).
+TABLES = {
+    9: (
+        Config(256, 16, True, Tile(32, 4, 2, unroll=2), Tile(64, 4, 2, unroll=2)),
+        Config(1024, 32, True, Tile(64, 4, 3), Tile(128, 4, 3)),
+        Config(2048, 64, False, Tile(128, 8, 4), Tile(128, 8, 4)),
+        Config(65_536, 128, False, Tile(128, 8, 4), Tile(128, 8, 4)),
+    ),
+    # Not measured: Hopper's rows, with a tiled GEMM1 that does not spill there.
+    10: (
+        Config(256, 16, True, Tile(32, 4, 2, unroll=2), Tile(64, 4, 2, unroll=2)),
+        Config(1024, 32, True, Tile(64, 4, 3), Tile(128, 4, 3)),
+        Config(65_536, 64, False, Tile(128, 8, 4), Tile(128, 8, 4)),
+    ),
+}
 
 
-def select_regime(num_tokens: int) -> Regime:
-    """Return the first regime that reaches num_tokens."""
-    return next(regime for regime in REGIMES if num_tokens <= regime.max_tokens)
+def select_config(num_tokens: int, num_sms: int, capability: tuple[int, int]) -> Config:
+    """Return the first row of the GPU's table that reaches num_tokens, with the GPU's SM count filled in."""
+    row = next(row for row in TABLES[capability[0]] if num_tokens <= row.max_tokens)
+    return replace(row, num_sms=num_sms)
