@@ -39,7 +39,7 @@ def assemble(root: Path, solution: Solution, workloads: Sequence[PublishedWorklo
     """
     if root.exists():
         if any(root.iterdir()) and not (root / MARKER).exists():
-            raise FileExistsError(f"{root}: expected a missing or empty folder or an assembled data set, found other files")
+            raise FileExistsError(f"{root}: expected no folder, an empty or an assembled one, found other files")
         shutil.rmtree(root)
     root.mkdir(parents=True)
     (root / MARKER).write_text("Written by scripts/dataset.py, which may delete this folder and write it again.\n")
@@ -56,7 +56,7 @@ def register(root: Path, solution: Solution) -> Path:
     """Add `solution` to the data set at `root`, or replace our earlier one, and return the path of its file.
 
     Our definition is added only if the data set has none of that name; nothing else is touched. FileNotFoundError if
-    `root` is not a folder; ValueError if the data set does not load or holds a solution of that name elsewhere.
+    `root` is not a folder; ValueError if a file of it is malformed or it holds a solution of that name elsewhere.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: expected the folder of a flashinfer-bench data set")
@@ -96,7 +96,7 @@ def _workload_trace(trace_set: TraceSet, definition: Definition, workload: Publi
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m scripts.dataset", description="Assemble a flashinfer-bench data set.")
+    parser = argparse.ArgumentParser(prog="python -m scripts.dataset", description="Assemble the benchmark's data set.")
     parser.add_argument("root", type=Path, metavar="ROOT", help="folder to write: missing, empty or assembled before")
     arguments = parser.parse_args(argv)
     try:

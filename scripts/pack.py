@@ -78,7 +78,7 @@ def stale_files(solution: Solution, solution_json: Path) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m scripts.pack", description="Pack solution/triton into solution.json.")
+    parser = argparse.ArgumentParser(prog="python -m scripts.pack", description="Pack the solution into solution.json.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if solution.json is stale")
     arguments = parser.parse_args(argv)
     try:

@@ -198,4 +198,7 @@ def _tiled_kernel(
             x_scale = tl.load(x_scale_ptrs + k * T)
             up += tl.dot(x, w_up.T) * (x_scale * tl.load(up_scale_ptr + k))[:, None]
             gate += tl.dot(x, w_gate.T) * (x_scale * tl.load(gate_scale_ptr + k))[:, None]
+        # Read again: rows and mask kept through the K loop cost registers that the accumulators need, and spill (sm_90).
+        rows = tl.load(tile_starts_ptr + tile, volatile=True) + tl.arange(0, BLOCK_M)
+        mask_m = rows < tl.load(tile_ends_ptr + tile, volatile=True)
         store_channel_group(c_ptr, c_scale_ptr, swiglu(up, gate), rows, mask_m, pid_n, R, I, EMULATE_FP8)

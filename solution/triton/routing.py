@@ -65,7 +65,9 @@ def route(
     """
     num_tokens = routing_logits.shape[0]
     device = routing_logits.device
-    block_t = 4 if num_tokens <= 256 else 32
+    # Small blocks spread over the GPU; about 512 of them keep the second kernel's sums over blocks short.
+    block_t = min(max(4, triton.next_power_of_2(triton.cdiv(num_tokens, 512))), 128)
+    step_t = min(block_t, 8)
     num_blocks = triton.cdiv(num_tokens, block_t)
     num_tiles_bound = max_tiles(num_tokens, block_m)
 
@@ -90,7 +92,7 @@ def route(
         routing_logits, routing_bias, topk_ids, routing.topk_weights, block_counts,
         num_tokens, offset, float(routed_scaling_factor),
         E=NUM_LOCAL_EXPERTS, EXPERTS=NUM_EXPERTS, GROUPS=NUM_GROUPS, TOP_GROUPS=TOP_GROUPS, TOP_K=TOP_K,
-        BLOCK_T=block_t, PDL=USE_PDL, num_warps=4, **LAUNCH_OPTIONS,
+        BLOCK_T=block_t, STEP_T=step_t, PDL=USE_PDL, num_warps=step_t, **LAUNCH_OPTIONS,
     )
     _lists_kernel[(num_blocks,)](
         topk_ids, block_counts, routing.token_rows, routing.row_tokens, routing.tile_experts, routing.tile_starts,
@@ -129,21 +131,47 @@ def _top_k_kernel(
     TOP_GROUPS: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    STEP_T: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (cdiv(T, BLOCK_T),): a program routes BLOCK_T tokens."""
+    """Grid (cdiv(T, BLOCK_T),): a program routes BLOCK_T tokens, STEP_T at a time, one warp each."""
     pdl_wait(PDL)
     pid = tl.program_id(0)
-    offs_t = pid * BLOCK_T + tl.arange(0, BLOCK_T)
-    offs_e = tl.arange(0, EXPERTS)
-    offs_k = tl.arange(0, TOP_K)
-    token_mask = offs_t < T
+    offs_local = tl.arange(0, E)
+    counts = tl.zeros((E,), tl.int32)
+    for step in range(0, BLOCK_T, STEP_T):
+        offs_t = pid * BLOCK_T + step + tl.arange(0, STEP_T)
+        mask_t = (offs_t < T)[:, None]
+        ids, weights = _top_k(logits_ptr + offs_t[:, None] * EXPERTS, bias_ptr, mask_t,
+                              EXPERTS, GROUPS, TOP_GROUPS, TOP_K, STEP_T)
+        local = ids - local_expert_offset
+        local = tl.where((local >= 0) & (local < E), local, -1)
+        offs_out = offs_t[:, None] * TOP_K + tl.arange(0, TOP_K)[None, :]
+        tl.store(topk_ids_ptr + offs_out, local, mask=mask_t)
+        tl.store(topk_weights_ptr + offs_out, weights * routed_scaling_factor, mask=mask_t)
+        is_row = (tl.where(mask_t, local, -1)[:, :, None] == offs_local[None, None, :]).to(tl.int32)
+        counts += tl.sum(tl.sum(is_row, axis=1), axis=0)
+    tl.store(block_counts_ptr + pid * E + offs_local, counts)
 
-    logits = tl.load(logits_ptr + offs_t[:, None] * EXPERTS + offs_e[None, :], mask=token_mask[:, None], other=0.0)
+
+@triton.jit
+def _top_k(
+    token_ptrs,  # [STEP_T, 1]: each token's logits
+    bias_ptr,  # [EXPERTS] bfloat16
+    mask_t,  # [STEP_T, 1]
+    EXPERTS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    STEP_T: tl.constexpr,
+):
+    """Return each token's TOP_K experts, best first, and their sigmoids divided by (their sum + 1e-20)."""
+    offs_e = tl.arange(0, EXPERTS)
+    logits = tl.load(token_ptrs + offs_e[None, :], mask=mask_t, other=0.0)
     biased = _sigmoid(logits) + tl.load(bias_ptr + offs_e).to(tl.float32)[None, :]
 
     # A group's score is the sum of its two best experts; keep the groups that fewer than TOP_GROUPS groups beat.
-    grouped = tl.reshape(biased, (BLOCK_T, GROUPS, EXPERTS // GROUPS))
+    grouped = tl.reshape(biased, (STEP_T, GROUPS, EXPERTS // GROUPS))
     best, best_at = tl.max(grouped, axis=2, return_indices=True)
     is_best = tl.arange(0, EXPERTS // GROUPS)[None, None, :] == best_at[:, :, None]
     score = best + tl.max(tl.where(is_best, float("-inf"), grouped), axis=2)
@@ -153,26 +181,16 @@ def _top_k_kernel(
     )
     keep = tl.sum(beats.to(tl.int32), axis=2) < TOP_GROUPS
     keys = tl.where(keep[:, :, None], _sortable(grouped), -(2**31))
-    keys = tl.reshape(keys, (BLOCK_T, EXPERTS))
+    keys = tl.reshape(keys, (STEP_T, EXPERTS))
 
-    ids = tl.zeros((BLOCK_T, TOP_K), tl.int32)
+    ids = tl.zeros((STEP_T, TOP_K), tl.int32)
     for k in tl.static_range(TOP_K):
-        winner = tl.argmax(keys, axis=1)  # the lowest index among equals
-        ids = tl.where(offs_k[None, :] == k, winner[:, None], ids)
-        keys = tl.where(offs_e[None, :] == winner[:, None], -(2**31), keys)
+        winner = tl.argmax(keys, axis=1)[:, None]  # the lowest index among equals
+        ids = tl.where(tl.arange(0, TOP_K)[None, :] == k, winner, ids)
+        keys = tl.where(offs_e[None, :] == winner, -(2**31), keys)
 
-    weights = _sigmoid(tl.load(logits_ptr + offs_t[:, None] * EXPERTS + ids, mask=token_mask[:, None], other=0.0))
-    weights = weights / (tl.sum(weights, axis=1) + 1e-20)[:, None] * routed_scaling_factor
-    local = ids - local_expert_offset
-    local = tl.where((local >= 0) & (local < E), local, -1)
-    offs_out = offs_t[:, None] * TOP_K + offs_k[None, :]
-    tl.store(topk_ids_ptr + offs_out, local, mask=token_mask[:, None])
-    tl.store(topk_weights_ptr + offs_out, weights, mask=token_mask[:, None])
-
-    local = tl.where(token_mask[:, None], local, -1)
-    offs_local = tl.arange(0, E)
-    is_row = (local[:, :, None] == offs_local[None, None, :]).to(tl.int32)
-    tl.store(block_counts_ptr + pid * E + offs_local, tl.sum(tl.sum(is_row, axis=1), axis=0))
+    weights = _sigmoid(tl.load(token_ptrs + ids, mask=mask_t, other=0.0))
+    return ids, weights / (tl.sum(weights, axis=1) + 1e-20)[:, None]
 
 
 @triton.jit(do_not_specialize=["T", "num_blocks"])
@@ -199,7 +217,7 @@ def _lists_kernel(
     pdl_wait(PDL)
     pid = tl.program_id(0)
     offs_e = tl.arange(0, E)
-    BLOCKS: tl.constexpr = 64
+    BLOCKS: tl.constexpr = 128
     total = tl.zeros((E,), tl.int32)
     before = tl.zeros((E,), tl.int32)  # rows of each expert in earlier blocks
     for first in range(0, num_blocks, BLOCKS):
