@@ -13,9 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
+from scripts.workloads import KEPT_GROUPS, NUM_EXPERTS, NUM_GROUPS, NUM_LOCAL_EXPERTS, TOP_K
+
 H, I = 7168, 2048  # noqa: E741 - hidden and intermediate size, named as in the definition
-NUM_EXPERTS, NUM_LOCAL_EXPERTS, TOP_K = 256, 32, 8
-NUM_GROUPS, TOP_GROUPS = 8, 4
 SCALE_BLOCK = 128
 
 READ_BYTES = 4 * 2**30  # some 30 times the largest L2 (B200: 126 MB)
@@ -59,21 +59,21 @@ def local_rows(routing_logits: torch.Tensor, routing_bias: torch.Tensor, offset:
     """
     biased = routing_logits.float().sigmoid() + routing_bias.float()
     grouped = biased.view(-1, NUM_GROUPS, NUM_EXPERTS // NUM_GROUPS)
-    top_groups = _best(grouped.topk(2, dim=-1).values.sum(dim=-1), TOP_GROUPS)
-    kept = torch.zeros(grouped.shape[:2], dtype=torch.bool, device=biased.device).scatter_(1, top_groups, True)
+    groups = _best(grouped.topk(2, dim=-1).values.sum(dim=-1), KEPT_GROUPS)
+    kept = torch.zeros(grouped.shape[:2], dtype=torch.bool, device=biased.device).scatter_(1, groups, True)
     experts = _best(grouped.masked_fill(~kept[..., None], -torch.inf).flatten(1), TOP_K)
     local = experts[(experts >= offset) & (experts < offset + NUM_LOCAL_EXPERTS)]
     return local.numel(), local.unique().numel()
 
 
 def _best(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Indices of the `count` largest scores of each row, the lower index first among equals (topk promises no order)."""
+    """Indices of the `count` largest scores of each row, the lower index first among equals (topk leaves it open)."""
     return scores.sort(dim=-1, descending=True, stable=True).indices[:, :count]
 
 
 @triton.jit
 def sum_tiles_kernel(x_ptr, sums_ptr, BLOCK: tl.constexpr):
-    """Grid (numel / BLOCK,). Program i reads its BLOCK elements of x (float32) once and stores their sum in sums[i]."""
+    """Grid (numel / BLOCK,). Program i reads x[i * BLOCK : (i + 1) * BLOCK] (float32), stores the sum in sums[i]."""
     pid = tl.program_id(0)
     offs = pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     tl.store(sums_ptr + pid, tl.sum(tl.load(x_ptr + offs)))

@@ -10,9 +10,9 @@ import statistics
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
-import flashinfer_bench
 from flashinfer_bench.data import EvaluationStatus
 from flashinfer_bench.utils import env_snapshot
 from rich.table import Table
@@ -136,7 +136,7 @@ def versions() -> dict[str, str]:
     """Versions of what decides a result: Python, flashinfer-bench, torch, triton and, where there is one, CUDA."""
     return {
         "python": platform.python_version(),
-        "flashinfer-bench": flashinfer_bench.__version__,
+        "flashinfer-bench": version("flashinfer-bench"),
         **env_snapshot("cpu").libs,
     }
 

@@ -10,8 +10,6 @@ from .contract import TOP_K
 from .launch import LAUNCH_OPTIONS, USE_PDL, pdl_wait
 from .routing import Routing
 
-BLOCK_H = 1024
-
 
 def finalize(expert_rows: torch.Tensor, routing: Routing, output: torch.Tensor) -> None:
     """output[t] = sum over k of topk_weights[t, k] * expert_rows[token_rows[t, k]], in float32, rounded once.
@@ -22,9 +20,10 @@ def finalize(expert_rows: torch.Tensor, routing: Routing, output: torch.Tensor) 
         output: [T, H] bfloat16, every element is written.
     """
     num_tokens, hidden_size = output.shape
-    _finalize_kernel[(num_tokens, triton.cdiv(hidden_size, BLOCK_H))](
+    block_h = 512 if num_tokens <= 256 else 2048  # few tokens: more programs; many: 20% faster (H100, 2026-11-22)
+    _finalize_kernel[(num_tokens, triton.cdiv(hidden_size, block_h))](
         expert_rows, routing.topk_weights, routing.token_rows, output,
-        H=hidden_size, TOP_K=TOP_K, BLOCK_H=BLOCK_H, PDL=USE_PDL, num_warps=4, **LAUNCH_OPTIONS,
+        H=hidden_size, TOP_K=TOP_K, BLOCK_H=block_h, PDL=USE_PDL, num_warps=4, **LAUNCH_OPTIONS,
     )
 
 

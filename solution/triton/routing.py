@@ -1,8 +1,8 @@
 """Routing: DeepSeek-V3's group-limited top-8, and on the device the lists that the GEMMs walk.
 
 A *row* is a pair (token, local expert). Rows are sorted by local expert, then by token; a *tile* is up to BLOCK_M
-neighbouring rows of one expert. Both are built by two launches without a host synchronisation: the first routes blocks
-of tokens and counts each block's rows by expert, the second turns the counts into positions.
+neighbouring rows of one expert. Both are built without a host synchronisation: one launch routes the tokens, one counts
+the rows of each block of tokens by expert, one turns the counts into positions. A single block counts for itself.
 """
 
 from __future__ import annotations
@@ -65,9 +65,7 @@ def route(
     """
     num_tokens = routing_logits.shape[0]
     device = routing_logits.device
-    # Small blocks spread over the GPU; about 512 of them keep the second kernel's sums over blocks short.
-    block_t = min(max(4, triton.next_power_of_2(triton.cdiv(num_tokens, 512))), 128)
-    step_t = min(block_t, 8)
+    block_t = 64 if num_tokens <= 64 else 128
     num_blocks = triton.cdiv(num_tokens, block_t)
     num_tiles_bound = max_tiles(num_tokens, block_m)
 
@@ -88,17 +86,18 @@ def route(
     )
     # Offsets beyond these leave no expert local either, and they fit the kernel's int32.
     offset = max(-NUM_LOCAL_EXPERTS, min(int(local_expert_offset), NUM_EXPERTS))
-    _top_k_kernel[(num_blocks,)](
-        routing_logits, routing_bias, topk_ids, routing.topk_weights, block_counts,
-        num_tokens, offset, float(routed_scaling_factor),
-        E=NUM_LOCAL_EXPERTS, EXPERTS=NUM_EXPERTS, GROUPS=NUM_GROUPS, TOP_GROUPS=TOP_GROUPS, TOP_K=TOP_K,
-        BLOCK_T=block_t, STEP_T=step_t, PDL=USE_PDL, num_warps=step_t, **LAUNCH_OPTIONS,
+    geometry = dict(E=NUM_LOCAL_EXPERTS, TOP_K=TOP_K, PDL=USE_PDL, **LAUNCH_OPTIONS)
+    _top_k_kernel[(num_tokens,)](
+        routing_logits, routing_bias, topk_ids, routing.topk_weights, offset, float(routed_scaling_factor),
+        EXPERTS=NUM_EXPERTS, GROUPS=NUM_GROUPS, TOP_GROUPS=TOP_GROUPS, num_warps=1, **geometry,
     )
+    if num_blocks > 1:
+        _count_kernel[(num_blocks,)](topk_ids, block_counts, num_tokens, BLOCK_T=block_t, num_warps=8, **geometry)
     _lists_kernel[(num_blocks,)](
         topk_ids, block_counts, routing.token_rows, routing.row_tokens, routing.tile_experts, routing.tile_starts,
         routing.tile_ends, routing.num_tiles, routing.arrivals, num_tokens, num_blocks,
-        E=NUM_LOCAL_EXPERTS, TOP_K=TOP_K, CHANNEL_GROUPS=num_channel_groups, BLOCK_M=block_m, BLOCK_T=block_t,
-        PDL=USE_PDL, num_warps=4, **LAUNCH_OPTIONS,
+        CHANNEL_GROUPS=num_channel_groups, BLOCK_M=block_m, BLOCK_T=block_t, ONE_BLOCK=num_blocks == 1,
+        num_warps=8, **geometry,
     )
     return routing
 
@@ -115,14 +114,12 @@ def _sortable(x):
     return tl.where(x == x, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
 
 
-@triton.jit(do_not_specialize=["T", "local_expert_offset"])
+@triton.jit(do_not_specialize=["local_expert_offset"])
 def _top_k_kernel(
     logits_ptr,  # [T, EXPERTS] float32
     bias_ptr,  # [EXPERTS] bfloat16
     topk_ids_ptr,  # out [T, TOP_K] int32: local expert, -1 where it is not local
     topk_weights_ptr,  # out [T, TOP_K] float32
-    block_counts_ptr,  # out [blocks, E] int32: rows of each local expert among the block's tokens
-    T,
     local_expert_offset,
     routed_scaling_factor,
     E: tl.constexpr,
@@ -130,67 +127,69 @@ def _top_k_kernel(
     GROUPS: tl.constexpr,
     TOP_GROUPS: tl.constexpr,
     TOP_K: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    STEP_T: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (cdiv(T, BLOCK_T),): a program routes BLOCK_T tokens, STEP_T at a time, one warp each."""
+    """Grid (T,), one warp each: reductions across warps took ten times as long (H100, 2026-11-22)."""
     pdl_wait(PDL)
-    pid = tl.program_id(0)
-    offs_local = tl.arange(0, E)
-    counts = tl.zeros((E,), tl.int32)
-    for step in range(0, BLOCK_T, STEP_T):
-        offs_t = pid * BLOCK_T + step + tl.arange(0, STEP_T)
-        mask_t = (offs_t < T)[:, None]
-        ids, weights = _top_k(logits_ptr + offs_t[:, None] * EXPERTS, bias_ptr, mask_t,
-                              EXPERTS, GROUPS, TOP_GROUPS, TOP_K, STEP_T)
-        local = ids - local_expert_offset
-        local = tl.where((local >= 0) & (local < E), local, -1)
-        offs_out = offs_t[:, None] * TOP_K + tl.arange(0, TOP_K)[None, :]
-        tl.store(topk_ids_ptr + offs_out, local, mask=mask_t)
-        tl.store(topk_weights_ptr + offs_out, weights * routed_scaling_factor, mask=mask_t)
-        is_row = (tl.where(mask_t, local, -1)[:, :, None] == offs_local[None, None, :]).to(tl.int32)
-        counts += tl.sum(tl.sum(is_row, axis=1), axis=0)
-    tl.store(block_counts_ptr + pid * E + offs_local, counts)
+    token = tl.program_id(0)
+    offs_e = tl.arange(0, EXPERTS)
+    logits_ptr += token * EXPERTS
+    biased = _sigmoid(tl.load(logits_ptr + offs_e)) + tl.load(bias_ptr + offs_e).to(tl.float32)
+
+    # A group's score is the sum of its two best experts; keep the groups that fewer than TOP_GROUPS groups beat.
+    grouped = tl.reshape(biased, (GROUPS, EXPERTS // GROUPS))
+    best, best_at = tl.max(grouped, axis=1, return_indices=True)
+    is_best = tl.arange(0, EXPERTS // GROUPS)[None, :] == best_at[:, None]
+    score = best + tl.max(tl.where(is_best, float("-inf"), grouped), axis=1)
+    offs_g = tl.arange(0, GROUPS)
+    rival = tl.reshape(score, (1, GROUPS))
+    score = tl.reshape(score, (GROUPS, 1))
+    beats = (rival > score) | ((rival == score) & (offs_g[None, :] < offs_g[:, None]))
+    keep = tl.sum(beats.to(tl.int32), axis=1) < TOP_GROUPS
+    keys = tl.where(keep[:, None], _sortable(grouped), -(2**31))
+    keys = tl.reshape(keys, (EXPERTS,))
+
+    offs_k = tl.arange(0, TOP_K)
+    ids = tl.zeros((TOP_K,), tl.int32)
+    for k in tl.static_range(TOP_K):
+        winner = tl.argmax(keys, axis=0)  # the lowest index among equals
+        ids = tl.where(offs_k == k, winner, ids)
+        keys = tl.where(offs_e == winner, -(2**31), keys)
+
+    weights = _sigmoid(tl.load(logits_ptr + ids))
+    weights = weights / (tl.sum(weights, axis=0) + 1e-20) * routed_scaling_factor
+    local = ids - local_expert_offset
+    local = tl.where((local >= 0) & (local < E), local, -1)
+    tl.store(topk_ids_ptr + token * TOP_K + offs_k, local)
+    tl.store(topk_weights_ptr + token * TOP_K + offs_k, weights)
 
 
 @triton.jit
-def _top_k(
-    token_ptrs,  # [STEP_T, 1]: each token's logits
-    bias_ptr,  # [EXPERTS] bfloat16
-    mask_t,  # [STEP_T, 1]
-    EXPERTS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    TOP_GROUPS: tl.constexpr,
-    TOP_K: tl.constexpr,
-    STEP_T: tl.constexpr,
-):
-    """Return each token's TOP_K experts, best first, and their sigmoids divided by (their sum + 1e-20)."""
-    offs_e = tl.arange(0, EXPERTS)
-    logits = tl.load(token_ptrs + offs_e[None, :], mask=mask_t, other=0.0)
-    biased = _sigmoid(logits) + tl.load(bias_ptr + offs_e).to(tl.float32)[None, :]
-
-    # A group's score is the sum of its two best experts; keep the groups that fewer than TOP_GROUPS groups beat.
-    grouped = tl.reshape(biased, (STEP_T, GROUPS, EXPERTS // GROUPS))
-    best, best_at = tl.max(grouped, axis=2, return_indices=True)
-    is_best = tl.arange(0, EXPERTS // GROUPS)[None, None, :] == best_at[:, :, None]
-    score = best + tl.max(tl.where(is_best, float("-inf"), grouped), axis=2)
-    offs_g = tl.arange(0, GROUPS)
-    beats = (score[:, None, :] > score[:, :, None]) | (
-        (score[:, None, :] == score[:, :, None]) & (offs_g[None, None, :] < offs_g[None, :, None])
-    )
-    keep = tl.sum(beats.to(tl.int32), axis=2) < TOP_GROUPS
-    keys = tl.where(keep[:, :, None], _sortable(grouped), -(2**31))
-    keys = tl.reshape(keys, (STEP_T, EXPERTS))
-
-    ids = tl.zeros((STEP_T, TOP_K), tl.int32)
+def _is_row(topk_ids_ptr, offs_t, T, E: tl.constexpr, TOP_K: tl.constexpr, BLOCK_T: tl.constexpr):
+    """[BLOCK_T, E] int32: 1 where the token has a row with the local expert."""
+    offs_e = tl.arange(0, E)
+    is_row = tl.zeros((BLOCK_T, E), tl.int32)
     for k in tl.static_range(TOP_K):
-        winner = tl.argmax(keys, axis=1)[:, None]  # the lowest index among equals
-        ids = tl.where(tl.arange(0, TOP_K)[None, :] == k, winner, ids)
-        keys = tl.where(offs_e[None, :] == winner, -(2**31), keys)
+        local = tl.load(topk_ids_ptr + offs_t * TOP_K + k, mask=offs_t < T, other=-1)
+        is_row += (local[:, None] == offs_e[None, :]).to(tl.int32)
+    return is_row
 
-    weights = _sigmoid(tl.load(token_ptrs + ids, mask=mask_t, other=0.0))
-    return ids, weights / (tl.sum(weights, axis=1) + 1e-20)[:, None]
+
+@triton.jit(do_not_specialize=["T"])
+def _count_kernel(
+    topk_ids_ptr,  # [T, TOP_K] int32
+    block_counts_ptr,  # out [blocks, E] int32: rows of each local expert among the block's tokens
+    T,
+    E: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid (cdiv(T, BLOCK_T),)."""
+    pdl_wait(PDL)
+    pid = tl.program_id(0)
+    is_row = _is_row(topk_ids_ptr, pid * BLOCK_T + tl.arange(0, BLOCK_T), T, E, TOP_K, BLOCK_T)
+    tl.store(block_counts_ptr + pid * E + tl.arange(0, E), tl.sum(is_row, axis=0))
 
 
 @triton.jit(do_not_specialize=["T", "num_blocks"])
@@ -211,35 +210,35 @@ def _lists_kernel(
     CHANNEL_GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid (num_blocks,): a program places its BLOCK_T tokens' rows and writes every num_blocks-th tile of an expert."""
     pdl_wait(PDL)
     pid = tl.program_id(0)
     offs_e = tl.arange(0, E)
-    BLOCKS: tl.constexpr = 128
+    offs_t = pid * BLOCK_T + tl.arange(0, BLOCK_T)
+    is_row = _is_row(topk_ids_ptr, offs_t, T, E, TOP_K, BLOCK_T)
     total = tl.zeros((E,), tl.int32)
     before = tl.zeros((E,), tl.int32)  # rows of each expert in earlier blocks
-    for first in range(0, num_blocks, BLOCKS):
-        offs_b = first + tl.arange(0, BLOCKS)
-        counts = tl.load(block_counts_ptr + offs_b[:, None] * E + offs_e[None, :], mask=(offs_b < num_blocks)[:, None],
-                         other=0)
-        total += tl.sum(counts, axis=0)
-        before += tl.sum(tl.where((offs_b < pid)[:, None], counts, 0), axis=0)
+    if ONE_BLOCK:
+        total = tl.sum(is_row, axis=0)
+    else:
+        BLOCKS: tl.constexpr = 64
+        for first in range(0, num_blocks, BLOCKS):
+            offs_b = first + tl.arange(0, BLOCKS)
+            counts = tl.load(block_counts_ptr + offs_b[:, None] * E + offs_e[None, :],
+                             mask=(offs_b < num_blocks)[:, None], other=0)
+            total += tl.sum(counts, axis=0)
+            before += tl.sum(tl.where((offs_b < pid)[:, None], counts, 0), axis=0)
     starts = tl.cumsum(total, axis=0) - total
 
-    offs_t = pid * BLOCK_T + tl.arange(0, BLOCK_T)
-    token_mask = offs_t < T
-    is_row = tl.zeros((BLOCK_T, E), tl.int32)
-    for k in tl.static_range(TOP_K):
-        local = tl.load(topk_ids_ptr + offs_t * TOP_K + k, mask=token_mask, other=-1)
-        is_row += (local[:, None] == offs_e[None, :]).to(tl.int32)
     rows = (starts + before)[None, :] + tl.cumsum(is_row, axis=0) - is_row
     tl.store(row_tokens_ptr + rows, tl.broadcast_to(offs_t[:, None], (BLOCK_T, E)), mask=is_row > 0)
     for k in tl.static_range(TOP_K):
-        local = tl.load(topk_ids_ptr + offs_t * TOP_K + k, mask=token_mask, other=-1)
+        local = tl.load(topk_ids_ptr + offs_t * TOP_K + k, mask=offs_t < T, other=-1)
         row = tl.sum(tl.where(local[:, None] == offs_e[None, :], rows, 0), axis=1)
-        tl.store(token_rows_ptr + offs_t * TOP_K + k, tl.where(local >= 0, row, -1), mask=token_mask)
+        tl.store(token_rows_ptr + offs_t * TOP_K + k, tl.where(local >= 0, row, -1), mask=offs_t < T)
 
     tiles = (total + BLOCK_M - 1) // BLOCK_M
     first_tiles = tl.cumsum(tiles, axis=0) - tiles
