@@ -16,6 +16,7 @@ HIDDEN_SIZE = 7168  # H
 INTERMEDIATE_SIZE = 2048  # I
 SCALE_BLOCK = 128  # one scale per 128 values of K (activations), per 128x128 (weights)
 MAX_TOKENS = 65_536
+ALIGNMENT = 16  # bytes: vector loads and TMA need it; what PyTorch allocates has it
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -61,6 +62,9 @@ def check_arguments(arguments: dict[str, object]) -> int:
             raise ValueError(f"{name}: expected device {device} (that of hidden_states), got {tensor.device}")
         if not tensor.is_contiguous():
             raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
+        if tensor.data_ptr() % ALIGNMENT:
+            raise ValueError(f"{name}: expected data at a multiple of {ALIGNMENT} bytes, got address "
+                             f"{tensor.data_ptr():#x}")
     if num_tokens > MAX_TOKENS:
         raise ValueError(f"hidden_states: expected at most {MAX_TOKENS} tokens, got {num_tokens}")
     return num_tokens

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .contract import TOP_K
-from .launch import LAUNCH_OPTIONS, USE_PDL, pdl_wait
+from .launch import launch, pdl_wait
 from .routing import Routing
 
 
@@ -21,9 +21,10 @@ def finalize(expert_rows: torch.Tensor, routing: Routing, output: torch.Tensor) 
     """
     num_tokens, hidden_size = output.shape
     block_h = 512 if num_tokens <= 256 else 2048  # few tokens: more programs; many: 20% faster (H100, 2026-11-22)
-    _finalize_kernel[(num_tokens, triton.cdiv(hidden_size, block_h))](
+    launch(
+        output.device, _finalize_kernel, (num_tokens, triton.cdiv(hidden_size, block_h)),
         expert_rows, routing.topk_weights, routing.token_rows, output,
-        H=hidden_size, TOP_K=TOP_K, BLOCK_H=block_h, PDL=USE_PDL, num_warps=4, **LAUNCH_OPTIONS,
+        H=hidden_size, TOP_K=TOP_K, BLOCK_H=block_h, num_warps=4,
     )
 
 

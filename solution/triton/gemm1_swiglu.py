@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .contract import INTERPRETED
 from .intermediate import CHANNEL_GROUP, Intermediate, empty_intermediate, store_channel_group, swiglu
-from .launch import LAUNCH_OPTIONS, USE_PDL, pdl_wait
+from .launch import launch, pdl_wait
 from .routing import Routing
 from .tuning import Config
 
@@ -46,22 +46,22 @@ def gemm1_swiglu(
     tile = config.gemm1
     intermediate = empty_intermediate(routing.max_rows, intermediate_size, config.intermediate_dtype, device)
     num_units = routing.max_tiles * (intermediate_size // tile.block_n)
-    lists = [routing.row_tokens, routing.tile_experts, routing.tile_starts, routing.tile_ends, routing.num_tiles]
-    out = [intermediate.values, intermediate.scale, num_tokens, routing.max_rows]
-    options = dict(
-        H=hidden_size, I=intermediate_size, BLOCK_M=config.block_m, BLOCK_N=tile.block_n, EMULATE_FP8=INTERPRETED,
-        PDL=USE_PDL, NUM_STAGES=tile.num_stages, num_warps=tile.num_warps, **LAUNCH_OPTIONS,
+    rest = (weights_scale, routing.row_tokens, routing.tile_experts, routing.tile_starts, routing.tile_ends,
+            routing.num_tiles, intermediate.values, intermediate.scale, num_tokens, routing.max_rows)
+    constants = dict(
+        H=hidden_size, I=intermediate_size, BLOCK_M=config.block_m, BLOCK_N=tile.block_n, NUM_STAGES=tile.num_stages,
+        EMULATE_FP8=INTERPRETED,
     )
     if config.streaming:
         # Programs of a channel group narrower than the scale's 128 leave their part here for the last one to store.
         parts = torch.empty(routing.max_rows if tile.block_n < CHANNEL_GROUP else 0, intermediate_size,
                             dtype=torch.float32, device=device)
-        _streaming_kernel[(num_units,)](hidden_states, hidden_states_scale, weights, weights_scale, *lists, *out,
-                                        parts, routing.arrivals, UNROLL=tile.unroll, **options)
+        launch(device, _streaming_kernel, (num_units,), hidden_states, hidden_states_scale, weights, *rest,
+               parts, routing.arrivals, **constants, UNROLL=tile.unroll, num_warps=tile.num_warps)
     else:
         w_desc = TensorDescriptor.from_tensor(weights.view(-1, hidden_size), [tile.block_n, 128])
-        _tiled_kernel[(min(num_units, config.num_sms),)](hidden_states, hidden_states_scale, w_desc, weights_scale,
-                                                         *lists, *out, **options)
+        launch(device, _tiled_kernel, (min(num_units, config.num_sms),), hidden_states, hidden_states_scale, w_desc,
+               *rest, **constants, num_warps=tile.num_warps)
     return intermediate
 
 
@@ -86,9 +86,9 @@ def _streaming_kernel(
     I: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    UNROLL: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     EMULATE_FP8: tl.constexpr,
+    UNROLL: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid (tiles * I / BLOCK_N,): a program owns BLOCK_M rows x BLOCK_N channels: BLOCK_N up and BLOCK_N gate rows of W.

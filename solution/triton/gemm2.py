@@ -12,7 +12,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .intermediate import Intermediate
-from .launch import LAUNCH_OPTIONS, USE_PDL, pdl_wait
+from .launch import launch, pdl_wait
 from .routing import Routing
 from .tuning import Config
 
@@ -37,19 +37,19 @@ def gemm2(
     tile = config.gemm2
     out = torch.empty(routing.max_rows, hidden_size, dtype=torch.float32, device=weights.device)
     num_units = routing.max_tiles * (hidden_size // tile.block_n)
-    scales_and_lists = [weights_scale, routing.tile_experts, routing.tile_starts, routing.tile_ends, routing.num_tiles]
-    options = dict(
-        H=hidden_size, I=intermediate_size, BLOCK_M=config.block_m, BLOCK_N=tile.block_n,
-        PDL=USE_PDL, NUM_STAGES=tile.num_stages, num_warps=tile.num_warps, **LAUNCH_OPTIONS,
+    rest = (weights_scale, routing.tile_experts, routing.tile_starts, routing.tile_ends, routing.num_tiles, out,
+            routing.max_rows)
+    constants = dict(
+        H=hidden_size, I=intermediate_size, BLOCK_M=config.block_m, BLOCK_N=tile.block_n, NUM_STAGES=tile.num_stages
     )
     if config.streaming:
-        _streaming_kernel[(num_units,)](intermediate.values, intermediate.scale, weights, *scales_and_lists, out,
-                                        routing.max_rows, UNROLL=tile.unroll, **options)
+        launch(weights.device, _streaming_kernel, (num_units,), intermediate.values, intermediate.scale, weights, *rest,
+               **constants, UNROLL=tile.unroll, num_warps=tile.num_warps)
     else:
         c_desc = TensorDescriptor.from_tensor(intermediate.values, [config.block_m, 128])
         w_desc = TensorDescriptor.from_tensor(weights.view(-1, intermediate_size), [tile.block_n, 128])
-        _tiled_kernel[(min(num_units, config.num_sms),)](c_desc, intermediate.scale, w_desc, *scales_and_lists, out,
-                                                         routing.max_rows, **options)
+        launch(weights.device, _tiled_kernel, (min(num_units, config.num_sms),), c_desc, intermediate.scale, w_desc,
+               *rest, **constants, num_warps=tile.num_warps)
     return out
 
 
@@ -69,8 +69,8 @@ def _streaming_kernel(
     I: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    UNROLL: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    UNROLL: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid (tiles * H / BLOCK_N,): a program owns BLOCK_M rows x BLOCK_N columns."""

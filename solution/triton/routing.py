@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .contract import NUM_EXPERTS, NUM_GROUPS, NUM_LOCAL_EXPERTS, TOP_GROUPS, TOP_K
-from .launch import LAUNCH_OPTIONS, USE_PDL, pdl_wait
+from .launch import launch, pdl_wait
 
 
 @dataclass(frozen=True)
@@ -69,37 +69,46 @@ def route(
     num_blocks = triton.cdiv(num_tokens, block_t)
     num_tiles_bound = max_tiles(num_tokens, block_m)
 
-    def int32(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.int32, device=device)
-
-    topk_ids = int32(num_tokens, TOP_K)
-    block_counts = int32(num_blocks, NUM_LOCAL_EXPERTS)
+    topk_slots = num_tokens * TOP_K
+    (topk_ids, token_rows, row_tokens, block_counts, tile_experts, tile_starts, tile_ends, count, arrivals) = _int32(
+        device, topk_slots, topk_slots, topk_slots, num_blocks * NUM_LOCAL_EXPERTS,
+        num_tiles_bound, num_tiles_bound, num_tiles_bound, 1, num_tiles_bound * num_channel_groups,
+    )
     routing = Routing(
         topk_weights=torch.empty(num_tokens, TOP_K, dtype=torch.float32, device=device),
-        token_rows=int32(num_tokens, TOP_K),
-        row_tokens=int32(num_tokens * TOP_K),
-        tile_experts=int32(num_tiles_bound),
-        tile_starts=int32(num_tiles_bound),
-        tile_ends=int32(num_tiles_bound),
-        num_tiles=int32(1),
-        arrivals=int32(num_tiles_bound, num_channel_groups),
+        token_rows=token_rows.view(num_tokens, TOP_K),
+        row_tokens=row_tokens,
+        tile_experts=tile_experts,
+        tile_starts=tile_starts,
+        tile_ends=tile_ends,
+        num_tiles=count,
+        arrivals=arrivals.view(num_tiles_bound, num_channel_groups),
     )
     # Offsets beyond these leave no expert local either, and they fit the kernel's int32.
     offset = max(-NUM_LOCAL_EXPERTS, min(int(local_expert_offset), NUM_EXPERTS))
-    geometry = dict(E=NUM_LOCAL_EXPERTS, TOP_K=TOP_K, PDL=USE_PDL, **LAUNCH_OPTIONS)
-    _top_k_kernel[(num_tokens,)](
+    launch(
+        device, _top_k_kernel, (num_tokens,),
         routing_logits, routing_bias, topk_ids, routing.topk_weights, offset, float(routed_scaling_factor),
-        EXPERTS=NUM_EXPERTS, GROUPS=NUM_GROUPS, TOP_GROUPS=TOP_GROUPS, num_warps=1, **geometry,
+        E=NUM_LOCAL_EXPERTS, TOP_K=TOP_K, EXPERTS=NUM_EXPERTS, GROUPS=NUM_GROUPS, TOP_GROUPS=TOP_GROUPS, num_warps=1,
     )
     if num_blocks > 1:
-        _count_kernel[(num_blocks,)](topk_ids, block_counts, num_tokens, BLOCK_T=block_t, num_warps=8, **geometry)
-    _lists_kernel[(num_blocks,)](
-        topk_ids, block_counts, routing.token_rows, routing.row_tokens, routing.tile_experts, routing.tile_starts,
-        routing.tile_ends, routing.num_tiles, routing.arrivals, num_tokens, num_blocks,
-        CHANNEL_GROUPS=num_channel_groups, BLOCK_M=block_m, BLOCK_T=block_t, ONE_BLOCK=num_blocks == 1,
-        num_warps=8, **geometry,
+        launch(device, _count_kernel, (num_blocks,), topk_ids, block_counts, num_tokens,
+               E=NUM_LOCAL_EXPERTS, TOP_K=TOP_K, BLOCK_T=block_t, num_warps=8)
+    launch(
+        device, _lists_kernel, (num_blocks,),
+        topk_ids, block_counts, token_rows, row_tokens, tile_experts, tile_starts, tile_ends, count, arrivals,
+        num_tokens, num_blocks,
+        E=NUM_LOCAL_EXPERTS, TOP_K=TOP_K, CHANNEL_GROUPS=num_channel_groups, BLOCK_M=block_m, BLOCK_T=block_t,
+        ONE_BLOCK=num_blocks == 1, num_warps=8,
     )
     return routing
+
+
+def _int32(device: torch.device, *sizes: int) -> list[torch.Tensor]:
+    """One allocation cut into int32 tensors that start at multiples of 16 bytes."""
+    padded = [triton.cdiv(size, 4) * 4 for size in sizes]
+    parts = torch.empty(sum(padded), dtype=torch.int32, device=device).split(padded)
+    return [part[:size] if part.shape[0] > size else part for part, size in zip(parts, sizes)]
 
 
 @triton.jit
@@ -123,10 +132,10 @@ def _top_k_kernel(
     local_expert_offset,
     routed_scaling_factor,
     E: tl.constexpr,
+    TOP_K: tl.constexpr,
     EXPERTS: tl.constexpr,
     GROUPS: tl.constexpr,
     TOP_GROUPS: tl.constexpr,
-    TOP_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid (T,), one warp each: reductions across warps took ten times as long (H100, 2026-11-22)."""
@@ -235,10 +244,10 @@ def _lists_kernel(
 
     rows = (starts + before)[None, :] + tl.cumsum(is_row, axis=0) - is_row
     tl.store(row_tokens_ptr + rows, tl.broadcast_to(offs_t[:, None], (BLOCK_T, E)), mask=is_row > 0)
-    for k in tl.static_range(TOP_K):
-        local = tl.load(topk_ids_ptr + offs_t * TOP_K + k, mask=offs_t < T, other=-1)
-        row = tl.sum(tl.where(local[:, None] == offs_e[None, :], rows, 0), axis=1)
-        tl.store(token_rows_ptr + offs_t * TOP_K + k, tl.where(local >= 0, row, -1), mask=offs_t < T)
+    offs_slot = offs_t[:, None] * TOP_K + tl.arange(0, TOP_K)[None, :]
+    local = tl.load(topk_ids_ptr + offs_slot, mask=(offs_t < T)[:, None], other=-1)
+    token_rows = tl.where(local >= 0, tl.gather(rows, tl.maximum(local, 0), axis=1), -1)
+    tl.store(token_rows_ptr + offs_slot, token_rows, mask=(offs_t < T)[:, None])
 
     tiles = (total + BLOCK_M - 1) // BLOCK_M
     first_tiles = tl.cumsum(tiles, axis=0) - tiles
