@@ -1,17 +1,18 @@
 """Compile every kernel ahead of time, for GPUs that need not be there, and report what the compiler spent.
 
 The launches are recorded by running each stage's own launcher on tensors without storage, so what is compiled here is
-what `run()` launches. Usage: python -m scripts.aot [--target 90 100] [--max-tokens 128 ...]
+what `run()` launches. Usage: python -m scripts.aot [--target 90 100] [--json]
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from unittest import mock
 
@@ -123,14 +124,21 @@ def compile_all(targets: tuple[int, ...] = TARGETS) -> Iterator[tuple[int, int, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m scripts.aot", description=__doc__.splitlines()[0])
     parser.add_argument("--target", type=int, nargs="+", default=TARGETS, choices=TARGETS)
+    parser.add_argument("--json", action="store_true", help="print one list of records instead of the table")
     arguments = parser.parse_args()
+    progress = track(compile_all(tuple(arguments.target)), "compiling", console=Console(stderr=True))
+    records = [
+        {"capability": capability, "max_tokens": max_tokens, "kernel": name, **asdict(resources)}
+        for capability, max_tokens, name, resources in progress
+    ]
+    if arguments.json:
+        print(json.dumps(records, indent=2))
+        return
     table = Table("sm", "T <=", "kernel", "registers", "spilled B", "shared B", "warps", "products")
-    for capability, max_tokens, name, r in track(compile_all(tuple(arguments.target)), "compiling",
-                                                 total=None):
-        table.add_row(*map(str, (capability, max_tokens, name, r.registers, r.spill_bytes, r.shared_bytes,
-                                 r.num_warps, r.tensor_core)))
+    for record in records:
+        table.add_row(*map(str, record.values()))
     Console().print(table)
 
 

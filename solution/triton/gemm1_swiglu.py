@@ -3,9 +3,9 @@
 up = A @ W[:I].T, gate = A @ W[I:].T, intermediate = silu(gate) * up. Every 128-wide block of K is one float8 product,
 promoted into the float32 accumulator with the token's scale times the weight block's.
 
-Two kernels for two regimes. *Streaming*: few rows an expert, bound by reading the weights; the weights are the M side of
-the product, so that 16 rows fill a tensor-core instruction. *Tiled*: many rows, bound by the tensor cores; the rows are
-the M side, so that a promotion needs one scale a row.
+Two kernels for two regimes. *Streaming*: few rows an expert, bound by reading the weights; the weights are the M side
+of the product, so that 16 rows fill a tensor-core instruction. *Tiled*: many rows, bound by the tensor cores; the rows
+are the M side, so that a promotion needs one scale a row.
 """
 
 from __future__ import annotations
@@ -91,9 +91,9 @@ def _streaming_kernel(
     UNROLL: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (tiles * I / BLOCK_N,): a program owns BLOCK_M rows x BLOCK_N channels: BLOCK_N up and BLOCK_N gate rows of W.
+    """Grid (tiles * I / BLOCK_N,): a program owns BLOCK_M rows x BLOCK_N channels.
 
-    Up and gate rows alternate in one operand of 2 BLOCK_N rows, so both share a tensor-core instruction.
+    The channels' up and gate rows of W alternate in one operand of 2 BLOCK_N rows and share tensor-core instructions.
     """
     pdl_wait(PDL)
     N_TILES: tl.constexpr = I // BLOCK_N
@@ -198,7 +198,7 @@ def _tiled_kernel(
             x_scale = tl.load(x_scale_ptrs + k * T)
             up += tl.dot(x, w_up.T) * (x_scale * tl.load(up_scale_ptr + k))[:, None]
             gate += tl.dot(x, w_gate.T) * (x_scale * tl.load(gate_scale_ptr + k))[:, None]
-        # Read again: rows and mask kept through the K loop cost registers that the accumulators need, and spill (sm_90).
+        # Read again: rows and mask kept through the K loop cost registers that the accumulators need (sm_90 spills).
         rows = tl.load(tile_starts_ptr + tile, volatile=True) + tl.arange(0, BLOCK_M)
         mask_m = rows < tl.load(tile_ends_ptr + tile, volatile=True)
         store_channel_group(c_ptr, c_scale_ptr, swiglu(up, gate), rows, mask_m, pid_n, R, I, EMULATE_FP8)

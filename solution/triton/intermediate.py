@@ -1,8 +1,8 @@
 """The activations between the two GEMMs: silu(gate) * up, stored with one float32 scale per row and 128 channels.
 
-Two formats. float16 keeps 11 bits, so the result passes the `strict` tier; GEMM2 then runs at half the tensor-core rate,
-which costs nothing while it waits for weights. float8_e4m3fn keeps 4 bits and the full rate. Unscaled float16 would
-overflow: with random inputs the values pass 1e4.
+Two formats. float16 keeps 11 bits, so the result passes the `strict` tier; GEMM2 then runs at half the tensor-core
+rate, which costs nothing while it waits for weights. float8_e4m3fn keeps 4 bits and the full rate. Unscaled float16
+would overflow: with random inputs the values pass 1e4.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """How every kernel is launched: programmatic dependent launch (PDL), and a short way past Triton's launcher.
 
 With PDL a kernel may start while the one before it drains. Each of our kernels first waits for its predecessor's
-results and then lets its successor start, so a kernel never reads or overwrites what an earlier one still uses: a kernel
-that has waited knows that all kernels before it are complete. The interpreter has no PDL.
+results and then lets its successor start, so a kernel never reads or overwrites what an earlier one still uses: a
+kernel that has waited knows that all kernels before it are complete. The interpreter has no PDL.
 """
 
 from __future__ import annotations

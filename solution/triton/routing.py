@@ -66,11 +66,13 @@ def route(
     num_tokens = routing_logits.shape[0]
     device = routing_logits.device
     block_t = 64 if num_tokens <= 64 else 128
-    num_blocks = triton.cdiv(num_tokens, block_t)
+    num_blocks = -(-num_tokens // block_t)
     num_tiles_bound = max_tiles(num_tokens, block_m)
 
     topk_slots = num_tokens * TOP_K
-    (topk_ids, token_rows, row_tokens, block_counts, tile_experts, tile_starts, tile_ends, count, arrivals) = _int32(
+    (
+        topk_ids, token_rows, row_tokens, block_counts, tile_experts, tile_starts, tile_ends, num_tiles, arrivals
+    ) = _int32(
         device, topk_slots, topk_slots, topk_slots, num_blocks * NUM_LOCAL_EXPERTS,
         num_tiles_bound, num_tiles_bound, num_tiles_bound, 1, num_tiles_bound * num_channel_groups,
     )
@@ -81,7 +83,7 @@ def route(
         tile_experts=tile_experts,
         tile_starts=tile_starts,
         tile_ends=tile_ends,
-        num_tiles=count,
+        num_tiles=num_tiles,
         arrivals=arrivals.view(num_tiles_bound, num_channel_groups),
     )
     # Offsets beyond these leave no expert local either, and they fit the kernel's int32.
@@ -96,7 +98,7 @@ def route(
                E=NUM_LOCAL_EXPERTS, TOP_K=TOP_K, BLOCK_T=block_t, num_warps=8)
     launch(
         device, _lists_kernel, (num_blocks,),
-        topk_ids, block_counts, token_rows, row_tokens, tile_experts, tile_starts, tile_ends, count, arrivals,
+        topk_ids, block_counts, token_rows, row_tokens, tile_experts, tile_starts, tile_ends, num_tiles, arrivals,
         num_tokens, num_blocks,
         E=NUM_LOCAL_EXPERTS, TOP_K=TOP_K, CHANNEL_GROUPS=num_channel_groups, BLOCK_M=block_m, BLOCK_T=block_t,
         ONE_BLOCK=num_blocks == 1, num_warps=8,
@@ -106,7 +108,7 @@ def route(
 
 def _int32(device: torch.device, *sizes: int) -> list[torch.Tensor]:
     """One allocation cut into int32 tensors that start at multiples of 16 bytes."""
-    padded = [triton.cdiv(size, 4) * 4 for size in sizes]
+    padded = [-(-size // 4) * 4 for size in sizes]
     parts = torch.empty(sum(padded), dtype=torch.int32, device=device).split(padded)
     return [part[:size] if part.shape[0] > size else part for part, size in zip(parts, sizes)]
 
@@ -119,7 +121,7 @@ def _sigmoid(x):
 @triton.jit
 def _sortable(x):
     """int32 that orders as the float32 x does; NaN above all. INT32_MIN stays free for 'not a candidate'."""
-    bits = tl.where(x == x, x, float("nan")).to(tl.int32, bitcast=True)
+    bits = x.to(tl.int32, bitcast=True)
     return tl.where(x == x, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
 
 
@@ -222,7 +224,7 @@ def _lists_kernel(
     ONE_BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (num_blocks,): a program places its BLOCK_T tokens' rows and writes every num_blocks-th tile of an expert."""
+    """Grid (num_blocks,): a program places BLOCK_T tokens' rows and writes every num_blocks-th tile of an expert."""
     pdl_wait(PDL)
     pid = tl.program_id(0)
     offs_e = tl.arange(0, E)
