@@ -1,0 +1,64 @@
+"""Finalize against plain torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from solution.triton.finalize import finalize
+from tests import cases, reference
+
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
+
+# Parts of blocks of columns and whole ones, up to the real size.
+HIDDEN_SIZES = [128, 1152, 7168]
+
+
+def finalized(ids: torch.Tensor, hidden_size: int, device: torch.device):
+    """finalize's output for the rows of local ids, with its inputs; rows past the last hold NaN."""
+    generator = torch.Generator().manual_seed(11)
+    weights = torch.rand(ids.shape, generator=generator)
+    routing = reference.routing_lists(ids.to(device), weights.to(device), 16, 1)
+    num_rows = int((ids >= 0).sum())
+    expert_rows = torch.randn(ids.numel(), hidden_size, generator=generator) * 1e5
+    expert_rows[num_rows:] = float("nan")
+    expert_rows = expert_rows.to(device)
+    output = torch.empty(len(ids), hidden_size, dtype=torch.bfloat16, device=device)
+    finalize(expert_rows, routing, output)
+    return output, expert_rows, routing
+
+
+@pytest.mark.parametrize("hidden_size", HIDDEN_SIZES)
+@pytest.mark.parametrize("name", cases.DISTRIBUTIONS)
+def test_weighted_sum(device, name, hidden_size):
+    """Every element is the sum of exactly the token's rows, whatever was in output and in unused rows."""
+    output, expert_rows, routing = finalized(cases.distributions(16)[name], hidden_size, device)
+    reference.assert_within(output, reference.finalize(expert_rows, routing.topk_weights, routing.token_rows))
+
+
+def test_token_without_a_local_expert_is_zero(device):
+    """Exact zeros, though its weights are not zero and row 0 is another token's."""
+    output, _, routing = finalized(cases.assigned({2: 1}, 4), HIDDEN_SIZES[0], device)
+    local = (routing.token_rows >= 0).any(1)
+    assert local.sum() == 1
+    assert (output[~local] == 0).all() and (output[local] != 0).any()
+
+
+def test_sum_is_in_the_order_of_the_slots(device):
+    """Large terms that cancel leave the same last bits every time only in a fixed order."""
+    ids = torch.arange(8)[None, :]
+    routing = reference.routing_lists(ids.to(device), torch.ones(1, 8, device=device), 16, 1)
+    terms = torch.tensor([2.0**24, 1.0, 1.0, -(2.0**24), 1.0, 2.0**25, 4.0, -(2.0**25)])
+    output = torch.empty(1, 128, dtype=torch.bfloat16, device=device)
+    finalize(terms[:, None].repeat(1, 128).to(device), routing, output)
+    expected = torch.zeros(())
+    for term in terms:
+        expected = expected + term
+    assert (output.float().cpu() == expected).all()
+
+
+def test_same_bits_every_time(device):
+    """Two calls agree to the bit."""
+    ids = cases.distributions(16)["many experts"]
+    first, second = (finalized(ids, HIDDEN_SIZES[2], device)[0] for _ in range(2))
+    assert torch.equal(cases.signature(first), cases.signature(second))
