@@ -1,6 +1,8 @@
 """Compile every kernel ahead of time, for GPUs that need not be there, and report what the compiler spent.
 
-The launches are recorded by calling `run()` with tensors that have no storage. Usage: python -m scripts.aot [--target 90 100] [--json]
+The launches are recorded by calling `run()` with tensors that have no storage.
+
+Usage: python -m scripts.aot [--target 90 100] [--json]
 """
 
 from __future__ import annotations

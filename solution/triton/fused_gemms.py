@@ -55,8 +55,8 @@ def fused_gemms(
         H=hidden_size, I=intermediate_size, BLOCK_M=config.block_m,
         BLOCK_N1=gemm1.block_n, NUM_STAGES1=gemm1.num_stages, UNROLL1=gemm1.unroll,
         BLOCK_N2=gemm2.block_n, NUM_STAGES2=gemm2.num_stages, UNROLL2=gemm2.unroll,
-        PREFETCH=0 if INTERPRETED else config.prefetch, EMULATE_FP8=INTERPRETED,
-        num_warps=gemm1.num_warps, max_registers=config.max_registers,
+        PREFETCH=0 if INTERPRETED else config.fusion.prefetch, EMULATE_FP8=INTERPRETED,
+        num_warps=gemm1.num_warps, max_registers=config.fusion.max_registers,
     )
     return out
 
@@ -95,7 +95,7 @@ def _fused_kernel(
     EMULATE_FP8: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (tiles * (I / BLOCK_N1 + H / BLOCK_N2),): as many programs as there is work take a ticket, the rest leave."""
+    """Grid (tiles * (I / BLOCK_N1 + H / BLOCK_N2),): as many programs as there is work take a ticket, others leave."""
     N1: tl.constexpr = I // BLOCK_N1
     N2: tl.constexpr = H // BLOCK_N2
     GROUPS: tl.constexpr = I // 128

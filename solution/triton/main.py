@@ -56,7 +56,7 @@ def run(
     with on_device(hidden_states.device):
         routing = route(routing_logits, routing_bias, local_expert_offset, routed_scaling_factor,
                         config.block_m, num_channel_groups)
-        if config.fused:
+        if config.fusion:
             expert_rows = fused_gemms(hidden_states, hidden_states_scale, gemm1_weights, gemm1_weights_scale,
                                       gemm2_weights, gemm2_weights_scale, routing, config)
         else:

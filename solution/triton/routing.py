@@ -73,7 +73,8 @@ def route(
 
     topk_slots = num_tokens * TOP_K
     (
-        topk_ids, token_rows, row_tokens, block_counts, tile_experts, tile_starts, tile_ends, num_tiles, ticket, arrivals
+        topk_ids, token_rows, row_tokens, block_counts,
+        tile_experts, tile_starts, tile_ends, num_tiles, ticket, arrivals,
     ) = _int32(
         device, topk_slots, topk_slots, topk_slots, num_blocks * NUM_LOCAL_EXPERTS,
         num_tiles_bound, num_tiles_bound, num_tiles_bound, 1, 1, num_tiles_bound * (num_channel_groups + 1),
@@ -101,8 +102,8 @@ def route(
                E=NUM_LOCAL_EXPERTS, TOP_K=TOP_K, BLOCK_T=block_t, num_warps=8)
     launch(
         device, _lists_kernel, (num_blocks,),
-        topk_ids, block_counts, token_rows, row_tokens, tile_experts, tile_starts, tile_ends, num_tiles, ticket, arrivals,
-        num_tokens, num_blocks,
+        topk_ids, block_counts, token_rows, row_tokens,
+        tile_experts, tile_starts, tile_ends, num_tiles, ticket, arrivals, num_tokens, num_blocks,
         E=NUM_LOCAL_EXPERTS, TOP_K=TOP_K, COUNTERS=num_channel_groups + 1, BLOCK_M=block_m, BLOCK_T=block_t,
         ONE_BLOCK=num_blocks == 1, num_warps=8,
     )

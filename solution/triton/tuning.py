@@ -18,6 +18,14 @@ class Tile:
 
 
 @dataclass(frozen=True)
+class Fusion:
+    """What the fused GEMMs need beyond the two tiles."""
+
+    max_registers: int  # a thread: decides how many programs share a multiprocessor
+    prefetch: int  # 128-byte lines of a weight row to bring into L2 while routing runs
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything that depends on the number of tokens and on the GPU."""
 
@@ -26,9 +34,7 @@ class Config:
     streaming: bool  # weights on the M side and a float16 intermediate; otherwise rows, and float8
     gemm1: Tile
     gemm2: Tile
-    fused: bool = False  # both GEMMs in one grid (streaming only)
-    max_registers: int | None = None  # a thread, of the fused kernel
-    prefetch: int = 0  # 128-byte lines of a weight row that the fused kernel brings into L2 while routing runs
+    fusion: Fusion | None = None  # both GEMMs in one grid (streaming only)
     num_sms: int = 1
 
     @property
@@ -43,14 +49,14 @@ class Config:
 # - 64 against 128 rows: 662 and 725 us at T = 1536, 748 and 725 at 2048.
 TABLES = {
     9: (
-        Config(256, 16, True, Tile(32, 4, 2, unroll=2), Tile(64, 4, 2, unroll=2), fused=True, max_registers=128, prefetch=4),
+        Config(256, 16, True, Tile(32, 4, 2, unroll=2), Tile(64, 4, 2, unroll=2), Fusion(128, 4)),
         Config(1024, 32, True, Tile(32, 4, 2, unroll=2), Tile(128, 4, 3)),
         Config(1536, 64, False, Tile(128, 8, 4), Tile(128, 4, 6)),
         Config(65_536, 128, False, Tile(128, 8, 4), Tile(128, 8, 5)),
     ),
     # Not measured: Hopper's rows, with a tiled GEMM1 that does not spill there.
     10: (
-        Config(256, 16, True, Tile(32, 4, 2, unroll=2), Tile(64, 4, 2, unroll=2), fused=True, max_registers=128, prefetch=4),
+        Config(256, 16, True, Tile(32, 4, 2, unroll=2), Tile(64, 4, 2, unroll=2), Fusion(128, 4)),
         Config(1024, 32, True, Tile(32, 4, 2, unroll=2), Tile(128, 4, 3)),
         Config(65_536, 64, False, Tile(128, 8, 4), Tile(128, 4, 6)),
     ),
