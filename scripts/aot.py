@@ -1,7 +1,8 @@
 """Compile every kernel ahead of time, for GPUs that need not be there, and report what the compiler spent.
 
-The launches are recorded by running each stage's own launcher on tensors without storage, so what is compiled here is
-what `run()` launches. Usage: python -m scripts.aot [--target 90 100] [--json]
+The launches are recorded by calling `run()` with tensors that have no storage.
+
+Usage: python -m scripts.aot [--target 90 100] [--json]
 """
 
 from __future__ import annotations
@@ -26,11 +27,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
 from solution.triton import contract, tuning
-from solution.triton.finalize import finalize
-from solution.triton.gemm1_swiglu import gemm1_swiglu
-from solution.triton.gemm2 import gemm2
-from solution.triton.intermediate import CHANNEL_GROUP
-from solution.triton.routing import route
+from solution.triton import main as main_module
 
 TARGETS = (90, 100)
 NVIDIA_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -60,9 +57,8 @@ class Resources:
     tensor_core: str  # the instructions that the float8 / float16 products became
 
 
-def record_launches(config: tuning.Config) -> list[Launch]:
-    """Return the launches of one call at the config's largest T, in order."""
-    num_tokens = config.max_tokens
+def record_launches(num_tokens: int, capability: tuple[int, int]) -> list[Launch]:
+    """Return the launches of one call of `run()` with T tokens on a GPU of that capability, in order."""
     inputs = {
         name: torch.empty([num_tokens if size == "T" else size for size in shape], dtype=dtype, device="meta")
         for name, (shape, dtype) in contract.TENSORS.items()
@@ -74,13 +70,9 @@ def record_launches(config: tuning.Config) -> list[Launch]:
         arguments = dict(zip(names, args)) | {name: value for name, value in kwargs.items() if name in names}
         launches.append(Launch(kernel, arguments, {k: v for k, v in kwargs.items() if k not in names}))
 
-    with mock.patch.object(JITFunction, "run", record):
-        routing = route(inputs["routing_logits"], inputs["routing_bias"], 0, 1.0, config.block_m,
-                        contract.INTERMEDIATE_SIZE // CHANNEL_GROUP)
-        intermediate = gemm1_swiglu(inputs["hidden_states"], inputs["hidden_states_scale"], inputs["gemm1_weights"],
-                                    inputs["gemm1_weights_scale"], routing, config)
-        rows = gemm2(intermediate, inputs["gemm2_weights"], inputs["gemm2_weights_scale"], routing, config)
-        finalize(rows, routing, inputs["output"])
+    gpu = mock.patch.object(main_module, "gpu_properties", lambda device: (132, capability))
+    with gpu, mock.patch.object(JITFunction, "run", record):
+        main_module.run(**inputs, local_expert_offset=0, routed_scaling_factor=1.0)
     return launches
 
 
@@ -116,11 +108,11 @@ def _ptxas(ptx: str, capability: int) -> str:
 
 
 def compile_all(targets: tuple[int, ...] = TARGETS) -> Iterator[tuple[int, int, str, Resources]]:
-    """Yield (capability, the config's last T, kernel, resources) for every kernel of every config."""
+    """Yield (capability, T, kernel, resources) for every kernel at T = 1 and at each config's last T."""
     for capability in targets:
-        for config in tuning.TABLES[capability // 10]:
-            for launch in record_launches(config):
-                yield capability, config.max_tokens, launch.name, compile_launch(launch, capability)
+        for num_tokens in (1, *(config.max_tokens for config in tuning.TABLES[capability // 10])):
+            for launch in record_launches(num_tokens, divmod(capability, 10)):
+                yield capability, num_tokens, launch.name, compile_launch(launch, capability)
 
 
 def main() -> None:
@@ -130,13 +122,13 @@ def main() -> None:
     arguments = parser.parse_args()
     progress = track(compile_all(tuple(arguments.target)), "compiling", console=Console(stderr=True))
     records = [
-        {"capability": capability, "max_tokens": max_tokens, "kernel": name, **asdict(resources)}
-        for capability, max_tokens, name, resources in progress
+        {"capability": capability, "num_tokens": num_tokens, "kernel": name, **asdict(resources)}
+        for capability, num_tokens, name, resources in progress
     ]
     if arguments.json:
         print(json.dumps(records, indent=2))
         return
-    table = Table("sm", "T <=", "kernel", "registers", "spilled B", "shared B", "warps", "products")
+    table = Table("sm", "T", "kernel", "registers", "spilled B", "shared B", "warps", "products")
     for record in records:
         table.add_row(*map(str, record.values()))
     Console().print(table)

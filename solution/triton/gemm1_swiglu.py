@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .contract import INTERPRETED
-from .intermediate import CHANNEL_GROUP, Intermediate, empty_intermediate, store_channel_group, swiglu
+from .intermediate import Intermediate, empty_intermediate, store_channel_group, swiglu
 from .launch import launch, pdl_wait
 from .routing import Routing
 from .tuning import Config
@@ -53,9 +53,8 @@ def gemm1_swiglu(
         EMULATE_FP8=INTERPRETED,
     )
     if config.streaming:
-        # Programs of a channel group narrower than the scale's 128 leave their part here for the last one to store.
-        parts = torch.empty(routing.max_rows if tile.block_n < CHANNEL_GROUP else 0, intermediate_size,
-                            dtype=torch.float32, device=device)
+        # A program covers less than the scale's 128 channels: it leaves its part here for the last one to store.
+        parts = torch.empty(routing.max_rows, intermediate_size, dtype=torch.float32, device=device)
         launch(device, _streaming_kernel, (num_units,), hidden_states, hidden_states_scale, weights, *rest,
                parts, routing.arrivals, **constants, UNROLL=tile.unroll, num_warps=tile.num_warps)
     else:
@@ -81,7 +80,7 @@ def _streaming_kernel(
     T,
     R,
     parts_ptr,  # scratch [R, I] float32
-    arrivals_ptr,  # [tiles, I / 128] int32, zeros at the start
+    arrivals_ptr,  # [tiles, I / 128 + 1] int32, zeros at the start
     H: tl.constexpr,
     I: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -91,17 +90,32 @@ def _streaming_kernel(
     UNROLL: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (tiles * I / BLOCK_N,): a program owns BLOCK_M rows x BLOCK_N channels.
+    """Grid (tiles * I / BLOCK_N,): a program owns BLOCK_M rows x BLOCK_N channels."""
+    pdl_wait(PDL)
+    N_TILES: tl.constexpr = I // BLOCK_N
+    tile = tl.program_id(0) // N_TILES
+    if tile >= tl.load(num_tiles_ptr):
+        return
+    gemm1_streaming_tile(
+        tile, tl.program_id(0) % N_TILES, x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, row_tokens_ptr, tile_experts_ptr,
+        tile_starts_ptr, tile_ends_ptr, c_ptr, c_scale_ptr, T, R, parts_ptr, arrivals_ptr,
+        H, I, BLOCK_M, BLOCK_N, NUM_STAGES, EMULATE_FP8, UNROLL,
+    )
+
+
+@triton.jit
+def gemm1_streaming_tile(
+    tile, pid_n, x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, row_tokens_ptr, tile_experts_ptr,
+    tile_starts_ptr, tile_ends_ptr, c_ptr, c_scale_ptr, T, R, parts_ptr, arrivals_ptr,
+    H: tl.constexpr, I: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
+    EMULATE_FP8: tl.constexpr, UNROLL: tl.constexpr,
+):
+    """Channels pid_n * BLOCK_N.. of one tile; arguments as in `_streaming_kernel`.
 
     The channels' up and gate rows of W alternate in one operand of 2 BLOCK_N rows and share tensor-core instructions.
     """
-    pdl_wait(PDL)
-    N_TILES: tl.constexpr = I // BLOCK_N
     K_BLOCKS: tl.constexpr = H // 128
-    tile = tl.program_id(0) // N_TILES
-    pid_n = tl.program_id(0) % N_TILES
-    if tile >= tl.load(num_tiles_ptr):
-        return
+    GROUPS: tl.constexpr = I // 128
     expert = tl.load(tile_experts_ptr + tile)
     rows = tl.load(tile_starts_ptr + tile) + tl.arange(0, BLOCK_M)
     mask_m = rows < tl.load(tile_ends_ptr + tile)
@@ -109,9 +123,8 @@ def _streaming_kernel(
 
     offs_w = tl.arange(0, 2 * BLOCK_N)
     is_gate = offs_w % 2
-    offs_n = pid_n * BLOCK_N + offs_w // 2 + is_gate * I
     offs_k = tl.arange(0, 128)
-    w_ptrs = w_ptr + (expert * 2 * I + offs_n)[:, None] * H + offs_k[None, :]
+    w_ptrs = w_ptr + alternating_rows(expert, pid_n, I, BLOCK_N)[:, None] * H + offs_k[None, :]
     x_ptrs = x_ptr + tokens[:, None] * H + offs_k[None, :]
     x_scale_ptrs = x_scale_ptr + tokens
     up_scale_ptr = w_scale_ptr + (expert * (2 * I // 128) + pid_n * BLOCK_N // 128) * K_BLOCKS
@@ -130,19 +143,26 @@ def _streaming_kernel(
     up, gate = tl.split(tl.reshape(acc.T, (BLOCK_M, BLOCK_N, 2)))
     out = swiglu(up, gate)
     group = pid_n * BLOCK_N // 128
-    if BLOCK_N == 128:
-        store_channel_group(c_ptr, c_scale_ptr, out, rows, mask_m, group, R, I, EMULATE_FP8)
-    else:
-        # The program that arrives last at a group of 128 channels finds all of its parts and stores it. Which one that
-        # is does not change the values. The barrier orders the whole program's stores before its arrival.
-        offs_row = rows[:, None].to(tl.int64) * I
-        tl.store(parts_ptr + offs_row + (pid_n * BLOCK_N + tl.arange(0, BLOCK_N))[None, :], out, mask=mask_m[:, None])
+    # The program that arrives last at a group of 128 channels finds all of its parts and stores it. Which one that is
+    # does not change the values. The barriers order the whole program's stores before its arrival.
+    offs_row = rows[:, None].to(tl.int64) * I
+    tl.store(parts_ptr + offs_row + (pid_n * BLOCK_N + tl.arange(0, BLOCK_N))[None, :], out, mask=mask_m[:, None])
+    tl.debug_barrier()
+    arrivals_ptr += tile * (GROUPS + 1)
+    arrived = tl.atomic_add(arrivals_ptr + group, 1, sem="acq_rel", scope="gpu")
+    if arrived == 128 // BLOCK_N - 1:
+        whole = tl.load(parts_ptr + offs_row + (group * 128 + offs_k)[None, :], mask=mask_m[:, None], other=0.0,
+                        cache_modifier=".cg")
+        store_channel_group(c_ptr, c_scale_ptr, whole, rows, mask_m, group, R, I, EMULATE_FP8)
         tl.debug_barrier()
-        arrived = tl.atomic_add(arrivals_ptr + tile * (I // 128) + group, 1, sem="acq_rel", scope="gpu")
-        if arrived == 128 // BLOCK_N - 1:
-            whole = tl.load(parts_ptr + offs_row + (group * 128 + offs_k)[None, :], mask=mask_m[:, None], other=0.0,
-                            cache_modifier=".cg")
-            store_channel_group(c_ptr, c_scale_ptr, whole, rows, mask_m, group, R, I, EMULATE_FP8)
+        tl.atomic_add(arrivals_ptr + GROUPS, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def alternating_rows(expert, pid_n, I: tl.constexpr, BLOCK_N: tl.constexpr):
+    """[2 BLOCK_N] rows of W [E * 2 I, H]: a tile's channels, up and gate in turn."""
+    offs_w = tl.arange(0, 2 * BLOCK_N)
+    return expert * 2 * I + pid_n * BLOCK_N + offs_w // 2 + offs_w % 2 * I
 
 
 @triton.jit(do_not_specialize=["T", "R"])

@@ -76,11 +76,23 @@ def _streaming_kernel(
     """Grid (tiles * H / BLOCK_N,): a program owns BLOCK_M rows x BLOCK_N columns."""
     pdl_wait(PDL)
     N_TILES: tl.constexpr = H // BLOCK_N
-    K_BLOCKS: tl.constexpr = I // 128
     tile = tl.program_id(0) // N_TILES
-    pid_n = tl.program_id(0) % N_TILES
     if tile >= tl.load(num_tiles_ptr):
         return
+    gemm2_streaming_tile(
+        tile, tl.program_id(0) % N_TILES, c_ptr, c_scale_ptr, w_ptr, w_scale_ptr, tile_experts_ptr, tile_starts_ptr,
+        tile_ends_ptr, out_ptr, R, H, I, BLOCK_M, BLOCK_N, NUM_STAGES, UNROLL,
+    )
+
+
+@triton.jit
+def gemm2_streaming_tile(
+    tile, pid_n, c_ptr, c_scale_ptr, w_ptr, w_scale_ptr, tile_experts_ptr, tile_starts_ptr, tile_ends_ptr, out_ptr, R,
+    H: tl.constexpr, I: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """Columns pid_n * BLOCK_N.. of one tile; arguments as in `_streaming_kernel`."""
+    K_BLOCKS: tl.constexpr = I // 128
     expert = tl.load(tile_experts_ptr + tile)
     rows = tl.load(tile_starts_ptr + tile) + tl.arange(0, BLOCK_M)
     mask_m = rows < tl.load(tile_ends_ptr + tile)

@@ -27,7 +27,7 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 def launch(device: torch.device, kernel: triton.JITFunction, grid: tuple[int, ...], *arguments: object,
-           num_warps: int, **constants: int) -> None:
+           num_warps: int, max_registers: int | None = None, **constants: int) -> None:
     """Launch kernel(*arguments, *constants, PDL) on the device's current stream.
 
     Triton's own launcher examines every argument on every call to pick a specialisation. Here nothing that it looks at
@@ -39,7 +39,7 @@ def launch(device: torch.device, kernel: triton.JITFunction, grid: tuple[int, ..
         arguments: the kernel's run-time arguments, in order.
         constants: its constexpr parameters but the last, PDL, in order.
     """
-    key = (kernel, device, num_warps, *constants.values())
+    key = (kernel, device, num_warps, max_registers, *constants.values())
     compiled = _compiled.get(key)
     if compiled is not None:
         compiled[(*grid, 1, 1)[:3]](*arguments, *constants.values(), USE_PDL)
@@ -47,7 +47,8 @@ def launch(device: torch.device, kernel: triton.JITFunction, grid: tuple[int, ..
     expected = kernel.arg_names[len(arguments):]
     if expected != [*constants, "PDL"]:
         raise ValueError(f"constants: expected {expected[:-1]}, got {list(constants)}")
-    compiled = kernel[grid](*arguments, **constants, PDL=USE_PDL, num_warps=num_warps, **_OPTIONS)
+    compiled = kernel[grid](*arguments, **constants, PDL=USE_PDL, num_warps=num_warps,
+                            maxnreg=max_registers, **_OPTIONS)
     if compiled is not None:  # the interpreter compiles nothing
         _compiled[key] = compiled
 

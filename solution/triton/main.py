@@ -6,6 +6,7 @@ import torch
 
 from .contract import check_arguments, gpu_properties
 from .finalize import finalize
+from .fused_gemms import fused_gemms
 from .gemm1_swiglu import gemm1_swiglu
 from .gemm2 import gemm2
 from .intermediate import CHANNEL_GROUP
@@ -55,7 +56,11 @@ def run(
     with on_device(hidden_states.device):
         routing = route(routing_logits, routing_bias, local_expert_offset, routed_scaling_factor,
                         config.block_m, num_channel_groups)
-        intermediate = gemm1_swiglu(hidden_states, hidden_states_scale, gemm1_weights, gemm1_weights_scale,
-                                    routing, config)
-        expert_rows = gemm2(intermediate, gemm2_weights, gemm2_weights_scale, routing, config)
+        if config.fusion:
+            expert_rows = fused_gemms(hidden_states, hidden_states_scale, gemm1_weights, gemm1_weights_scale,
+                                      gemm2_weights, gemm2_weights_scale, routing, config)
+        else:
+            intermediate = gemm1_swiglu(hidden_states, hidden_states_scale, gemm1_weights, gemm1_weights_scale,
+                                        routing, config)
+            expert_rows = gemm2(intermediate, gemm2_weights, gemm2_weights_scale, routing, config)
         finalize(expert_rows, routing, output)

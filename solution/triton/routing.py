@@ -28,7 +28,9 @@ class Routing:
     tile_starts: torch.Tensor  # [M] int32: first row of the tile
     tile_ends: torch.Tensor  # [M] int32: one past its last row
     num_tiles: torch.Tensor  # [1] int32: tiles in use
-    arrivals: torch.Tensor  # [M, groups] int32, zeroed: GEMM1's programs that have finished a tile's channel group
+    arrivals: torch.Tensor  # [M, groups + 1] int32, zeroed: GEMM1's programs done with each of a tile's channel groups,
+    # and the groups stored
+    ticket: torch.Tensor  # [1] int32, zeroed: work handed out by the fused GEMMs
 
     @property
     def max_rows(self) -> int:
@@ -61,7 +63,7 @@ def route(
         local_expert_offset: global id of local expert 0; any integer.
         routed_scaling_factor: multiplies the normalised weights.
         block_m: rows of a tile, a power of two.
-        num_channel_groups: counters that GEMM1 needs for a tile.
+        num_channel_groups: groups of 128 channels of the intermediate.
     """
     num_tokens = routing_logits.shape[0]
     device = routing_logits.device
@@ -71,10 +73,11 @@ def route(
 
     topk_slots = num_tokens * TOP_K
     (
-        topk_ids, token_rows, row_tokens, block_counts, tile_experts, tile_starts, tile_ends, num_tiles, arrivals
+        topk_ids, token_rows, row_tokens, block_counts,
+        tile_experts, tile_starts, tile_ends, num_tiles, ticket, arrivals,
     ) = _int32(
         device, topk_slots, topk_slots, topk_slots, num_blocks * NUM_LOCAL_EXPERTS,
-        num_tiles_bound, num_tiles_bound, num_tiles_bound, 1, num_tiles_bound * num_channel_groups,
+        num_tiles_bound, num_tiles_bound, num_tiles_bound, 1, 1, num_tiles_bound * (num_channel_groups + 1),
     )
     routing = Routing(
         topk_weights=torch.empty(num_tokens, TOP_K, dtype=torch.float32, device=device),
@@ -84,7 +87,8 @@ def route(
         tile_starts=tile_starts,
         tile_ends=tile_ends,
         num_tiles=num_tiles,
-        arrivals=arrivals.view(num_tiles_bound, num_channel_groups),
+        arrivals=arrivals.view(num_tiles_bound, num_channel_groups + 1),
+        ticket=ticket,
     )
     # Offsets beyond these leave no expert local either, and they fit the kernel's int32.
     offset = max(-NUM_LOCAL_EXPERTS, min(int(local_expert_offset), NUM_EXPERTS))
@@ -98,9 +102,9 @@ def route(
                E=NUM_LOCAL_EXPERTS, TOP_K=TOP_K, BLOCK_T=block_t, num_warps=8)
     launch(
         device, _lists_kernel, (num_blocks,),
-        topk_ids, block_counts, token_rows, row_tokens, tile_experts, tile_starts, tile_ends, num_tiles, arrivals,
-        num_tokens, num_blocks,
-        E=NUM_LOCAL_EXPERTS, TOP_K=TOP_K, CHANNEL_GROUPS=num_channel_groups, BLOCK_M=block_m, BLOCK_T=block_t,
+        topk_ids, block_counts, token_rows, row_tokens,
+        tile_experts, tile_starts, tile_ends, num_tiles, ticket, arrivals, num_tokens, num_blocks,
+        E=NUM_LOCAL_EXPERTS, TOP_K=TOP_K, COUNTERS=num_channel_groups + 1, BLOCK_M=block_m, BLOCK_T=block_t,
         ONE_BLOCK=num_blocks == 1, num_warps=8,
     )
     return routing
@@ -213,12 +217,13 @@ def _lists_kernel(
     tile_starts_ptr,  # out [tiles] int32
     tile_ends_ptr,  # out [tiles] int32
     num_tiles_ptr,  # out [1] int32
-    arrivals_ptr,  # out [tiles, CHANNEL_GROUPS] int32, zeros
+    ticket_ptr,  # out [1] int32, zero
+    arrivals_ptr,  # out [tiles, COUNTERS] int32, zeros
     T,
     num_blocks,
     E: tl.constexpr,
     TOP_K: tl.constexpr,
-    CHANNEL_GROUPS: tl.constexpr,
+    COUNTERS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_T: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
@@ -261,7 +266,8 @@ def _lists_kernel(
         tl.store(tile_ends_ptr + first_tiles + i, tl.minimum(tile_start + BLOCK_M, starts + total), mask=i < tiles)
     if pid == 0:
         tl.store(num_tiles_ptr, num_tiles)
+        tl.store(ticket_ptr, 0)
     CHUNK: tl.constexpr = 512
-    for first in range(pid * CHUNK, num_tiles * CHANNEL_GROUPS, num_blocks * CHUNK):
+    for first in range(pid * CHUNK, num_tiles * COUNTERS, num_blocks * CHUNK):
         offs = first + tl.arange(0, CHUNK)
-        tl.store(arrivals_ptr + offs, tl.zeros((CHUNK,), tl.int32), mask=offs < num_tiles * CHANNEL_GROUPS)
+        tl.store(arrivals_ptr + offs, tl.zeros((CHUNK,), tl.int32), mask=offs < num_tiles * COUNTERS)

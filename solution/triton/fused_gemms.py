@@ -1,0 +1,135 @@
+"""Both GEMMs in one grid, for decode: GEMM2's tiles fill the multiprocessors that GEMM1's last tiles leave idle.
+
+Work is numbered: first every tile of GEMM1, then every tile of GEMM2. A program takes the next number from an atomic
+counter, the *ticket*. A GEMM2 program waits until its rows' intermediate is complete.
+
+Why this cannot deadlock: a number is taken by a program that is running, never by one that is still to be scheduled.
+Whatever a GEMM2 program waits for has a smaller number, so it is done or in the hands of a running GEMM1 program, and
+those wait for nobody. That needs no particular order of starting programs and no number of them to be resident at once;
+a kernel that occupies part of the GPU only delays.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .contract import INTERPRETED
+from .gemm1_swiglu import alternating_rows, gemm1_streaming_tile
+from .gemm2 import gemm2_streaming_tile
+from .intermediate import empty_intermediate
+from .launch import launch, pdl_wait
+from .routing import Routing
+from .tuning import Config
+
+
+def fused_gemms(
+    hidden_states: torch.Tensor,
+    hidden_states_scale: torch.Tensor,
+    gemm1_weights: torch.Tensor,
+    gemm1_weights_scale: torch.Tensor,
+    gemm2_weights: torch.Tensor,
+    gemm2_weights_scale: torch.Tensor,
+    routing: Routing,
+    config: Config,
+) -> torch.Tensor:
+    """Return the experts' outputs, [R, H] float32, as `gemm2(gemm1_swiglu(...))` with a streaming config does.
+
+    Arguments as there. The result has the same bits: both run the same tiles.
+    """
+    num_tokens, hidden_size = hidden_states.shape
+    intermediate_size = gemm2_weights.shape[2]
+    device = hidden_states.device
+    gemm1, gemm2 = config.gemm1, config.gemm2
+    parts = torch.empty(routing.max_rows, intermediate_size, dtype=torch.float32, device=device)
+    intermediate = empty_intermediate(routing.max_rows, intermediate_size, config.intermediate_dtype, device)
+    out = torch.empty(routing.max_rows, hidden_size, dtype=torch.float32, device=device)
+    num_units = routing.max_tiles * (intermediate_size // gemm1.block_n + hidden_size // gemm2.block_n)
+    launch(
+        device, _fused_kernel, (num_units,),
+        hidden_states, hidden_states_scale, gemm1_weights, gemm1_weights_scale, gemm2_weights, gemm2_weights_scale,
+        routing.row_tokens, routing.tile_experts, routing.tile_starts, routing.tile_ends, routing.num_tiles,
+        intermediate.values, intermediate.scale, out, num_tokens, routing.max_rows,
+        parts, routing.arrivals, routing.ticket,
+        H=hidden_size, I=intermediate_size, BLOCK_M=config.block_m,
+        BLOCK_N1=gemm1.block_n, NUM_STAGES1=gemm1.num_stages, UNROLL1=gemm1.unroll,
+        BLOCK_N2=gemm2.block_n, NUM_STAGES2=gemm2.num_stages, UNROLL2=gemm2.unroll,
+        PREFETCH=0 if INTERPRETED else config.fusion.prefetch, EMULATE_FP8=INTERPRETED,
+        num_warps=gemm1.num_warps, max_registers=config.fusion.max_registers,
+    )
+    return out
+
+
+@triton.jit(do_not_specialize=["T", "R"])
+def _fused_kernel(
+    x_ptr,  # [T, H] float8_e4m3fn
+    x_scale_ptr,  # [H / 128, T] float32
+    w1_ptr,  # [E, 2 I, H] float8_e4m3fn
+    w1_scale_ptr,  # [E, 2 I / 128, H / 128] float32
+    w2_ptr,  # [E, H, I] float8_e4m3fn
+    w2_scale_ptr,  # [E, H / 128, I / 128] float32
+    row_tokens_ptr,  # [R] int32
+    tile_experts_ptr,  # [tiles] int32
+    tile_starts_ptr,  # [tiles] int32
+    tile_ends_ptr,  # [tiles] int32
+    num_tiles_ptr,  # [1] int32
+    c_ptr,  # scratch [R, I] float16
+    c_scale_ptr,  # scratch [I / 128, R] float32
+    out_ptr,  # out [R, H] float32
+    T,
+    R,
+    parts_ptr,  # scratch [R, I] float32
+    arrivals_ptr,  # [tiles, I / 128 + 1] int32, zeros at the start
+    ticket_ptr,  # [1] int32, zero at the start
+    H: tl.constexpr,
+    I: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N1: tl.constexpr,
+    NUM_STAGES1: tl.constexpr,
+    UNROLL1: tl.constexpr,
+    BLOCK_N2: tl.constexpr,
+    NUM_STAGES2: tl.constexpr,
+    UNROLL2: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    EMULATE_FP8: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid (tiles * (I / BLOCK_N1 + H / BLOCK_N2),): as many programs as there is work take a ticket, others leave."""
+    N1: tl.constexpr = I // BLOCK_N1
+    N2: tl.constexpr = H // BLOCK_N2
+    GROUPS: tl.constexpr = I // 128
+    pid = tl.program_id(0)
+    if PREFETCH > 0:
+        # Routing is still running. A guess, that the first tiles are those of the first experts, costs nothing.
+        if pid < 8 * N1:
+            rows = alternating_rows(pid // N1, pid % N1, I, BLOCK_N1)
+            _prefetch_l2(w1_ptr + rows[:, None] * H + tl.arange(0, PREFETCH)[None, :] * 128)
+    pdl_wait(PDL)
+    num_gemm1 = tl.load(num_tiles_ptr) * N1
+    if pid >= num_gemm1 + tl.load(num_tiles_ptr) * N2:
+        return
+    ticket = tl.atomic_add(ticket_ptr, 1, sem="relaxed", scope="gpu")
+    if ticket < num_gemm1:
+        gemm1_streaming_tile(
+            ticket // N1, ticket % N1, x_ptr, x_scale_ptr, w1_ptr, w1_scale_ptr, row_tokens_ptr, tile_experts_ptr,
+            tile_starts_ptr, tile_ends_ptr, c_ptr, c_scale_ptr, T, R, parts_ptr, arrivals_ptr,
+            H, I, BLOCK_M, BLOCK_N1, NUM_STAGES1, EMULATE_FP8, UNROLL1,
+        )
+    else:
+        ticket -= num_gemm1
+        tile = ticket // N2
+        stored_ptr = arrivals_ptr + tile * (GROUPS + 1) + GROUPS
+        while tl.atomic_add(stored_ptr, 0, sem="acquire", scope="gpu") < GROUPS:
+            pass
+        gemm2_streaming_tile(
+            tile, ticket % N2, c_ptr, c_scale_ptr, w2_ptr, w2_scale_ptr, tile_experts_ptr, tile_starts_ptr,
+            tile_ends_ptr, out_ptr, R, H, I, BLOCK_M, BLOCK_N2, NUM_STAGES2, UNROLL2,
+        )
+
+
+@triton.jit
+def _prefetch_l2(ptrs):
+    """Bring the 128-byte lines at ptrs into L2."""
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptrs.to(tl.int64, bitcast=True)],
+                              dtype=tl.int32, is_pure=False, pack=1)
