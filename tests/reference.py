@@ -101,7 +101,7 @@ def routing_lists(ids: torch.Tensor, weights: torch.Tensor, block_m: int, num_ch
     padding = max_tiles(num_tokens, block_m) - len(tiles)
     padded = torch.tensor(tiles + [(5, 5, 5)] * padding, dtype=torch.int32)
     tile_experts, tile_starts, tile_ends = (column.to(device, copy=True) for column in padded.T.contiguous())
-    arrivals = torch.full((len(tiles) + padding, num_channel_groups), 5, dtype=torch.int32, device=device)
+    arrivals = torch.full((len(tiles) + padding, num_channel_groups + 1), 5, dtype=torch.int32, device=device)
     arrivals[: len(tiles)] = 0
     return Routing(
         topk_weights=weights.float(),
@@ -112,6 +112,7 @@ def routing_lists(ids: torch.Tensor, weights: torch.Tensor, block_m: int, num_ch
         tile_ends=tile_ends,
         num_tiles=torch.tensor([len(tiles)], dtype=torch.int32, device=device),
         arrivals=arrivals,
+        ticket=torch.zeros(1, dtype=torch.int32, device=device),
     )
 
 

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from solution.triton.contract import INTERPRETED
+from solution.triton.fused_gemms import fused_gemms
 from solution.triton.gemm1_swiglu import gemm1_swiglu
 from solution.triton.gemm2 import gemm2
 from solution.triton.intermediate import CHANNEL_GROUP, Intermediate, store_channel_group, to_float8
@@ -123,6 +124,21 @@ def test_gemm2_same_bits_every_time(device, weights, config):
         for _ in range(2)
     )
     assert torch.equal(cases.signature(first), cases.signature(second))
+
+
+@pytest.mark.parametrize("config", [config for config in CONFIGS if config.fusion], ids=config_id)
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_fused_gemms(device, weights, config, name):
+    """One grid for both gives the bits of one after the other, and hands out every piece of work once."""
+    ids = cases.distributions(config.block_m)[name]
+    activations = cases.activations(len(ids), H, device)
+    intermediate, routing = run_gemm1(ids, config, weights, activations)
+    expected = gemm2(intermediate, weights["gemm2_weights"], weights["gemm2_weights_scale"], routing, config)
+    routing = routing_of(ids, config, device)
+    rows = fused_gemms(**activations, **weights, routing=routing, config=config)
+    num_rows = int((ids >= 0).sum())
+    assert torch.equal(cases.signature(rows[:num_rows]), cases.signature(expected[:num_rows]))
+    assert int(routing.ticket) == int(routing.num_tiles) * (I // config.gemm1.block_n + H // config.gemm2.block_n)
 
 
 @triton.jit

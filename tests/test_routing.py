@@ -29,7 +29,8 @@ def check(routing: Routing, logits: torch.Tensor, bias: torch.Tensor, offset: in
     assert torch.equal(routing.row_tokens[:num_rows], expected.row_tokens[:num_rows])
     for name in ("tile_experts", "tile_starts", "tile_ends"):
         assert torch.equal(getattr(routing, name)[:num_tiles], getattr(expected, name)[:num_tiles]), name
-    assert (routing.arrivals[:num_tiles] == 0).all() and routing.arrivals.shape[1] == NUM_CHANNEL_GROUPS
+    assert (routing.arrivals[:num_tiles] == 0).all() and routing.arrivals.shape[1] == NUM_CHANNEL_GROUPS + 1
+    assert int(routing.ticket) == 0
     reference.assert_within(routing.topk_weights, reference.Expected(weights, weights * 2**-19 + 1e-30))
 
 

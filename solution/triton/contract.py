@@ -49,7 +49,9 @@ def check_arguments(arguments: dict[str, object]) -> int:
     _check_number("routed_scaling_factor", arguments["routed_scaling_factor"], numbers.Real, "a float")
 
     hidden_states = arguments["hidden_states"]
-    num_tokens = hidden_states.shape[0] if hidden_states.dim() == 2 else "T"
+    if hidden_states.dim() != 2:
+        raise ValueError(f"hidden_states: expected shape [T, {_H}], got {_shape(hidden_states.shape)}")
+    num_tokens = hidden_states.shape[0]
     device = hidden_states.device
     for name, (shape, dtype) in TENSORS.items():
         tensor = arguments[name]
