@@ -267,7 +267,8 @@ def _hold_kernel(flag_ptr):
 @needs_gpu
 @pytest.mark.parametrize("num_tokens", [1, 80])
 def test_beside_a_kernel_that_holds_half_of_the_gpu(full_weights, num_tokens):
-    """The fused GEMMs' waits end while other work keeps half of the multiprocessors to itself and half of the rest."""
+    """The fused GEMMs' waits end while another kernel keeps half of every multiprocessor, and with it half of the
+    programs out. (One with more programs than fit would keep every later kernel from starting at all.)"""
     inputs = arguments(num_tokens, full_weights)
     expected = call(inputs)
     output, flag = torch.empty_like(expected), torch.zeros(1, dtype=torch.int32, device=expected.device)
@@ -276,7 +277,7 @@ def test_beside_a_kernel_that_holds_half_of_the_gpu(full_weights, num_tokens):
     holding, running, done = torch.cuda.Stream(), torch.cuda.Stream(), torch.cuda.Event()
     torch.cuda.synchronize()
     with torch.cuda.stream(holding):
-        _hold_kernel[(sms + sms // 2,)](flag, num_warps=32)  # two such programs fill a multiprocessor
+        _hold_kernel[(sms,)](flag, num_warps=32)  # two such programs would fill a multiprocessor
     with torch.cuda.stream(running):
         run(**inputs, output=output)
         done.record()

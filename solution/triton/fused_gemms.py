@@ -47,7 +47,7 @@ def fused_gemms(
     out = torch.empty(routing.max_rows, hidden_size, dtype=torch.float32, device=device)
     num_units = routing.max_tiles * (intermediate_size // gemm1.block_n + hidden_size // gemm2.block_n)
     launch(
-        device, _fused_kernel, (num_units,),
+        device, _fused_kernel, (num_units, 1),
         hidden_states, hidden_states_scale, gemm1_weights, gemm1_weights_scale, gemm2_weights, gemm2_weights_scale,
         routing.row_tokens, routing.tile_experts, routing.tile_starts, routing.tile_ends, routing.num_tiles,
         intermediate.values, intermediate.scale, out, num_tokens, routing.max_rows,

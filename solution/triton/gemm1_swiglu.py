@@ -55,11 +55,11 @@ def gemm1_swiglu(
     if config.streaming:
         # A program covers less than the scale's 128 channels: it leaves its part here for the last one to store.
         parts = torch.empty(routing.max_rows, intermediate_size, dtype=torch.float32, device=device)
-        launch(device, _streaming_kernel, (num_units,), hidden_states, hidden_states_scale, weights, *rest,
+        launch(device, _streaming_kernel, (num_units, 1), hidden_states, hidden_states_scale, weights, *rest,
                parts, routing.arrivals, **constants, UNROLL=tile.unroll, num_warps=tile.num_warps)
     else:
         w_desc = TensorDescriptor.from_tensor(weights.view(-1, hidden_size), [tile.block_n, 128])
-        launch(device, _tiled_kernel, (min(num_units, config.num_sms),), hidden_states, hidden_states_scale, w_desc,
+        launch(device, _tiled_kernel, (min(num_units, config.num_sms), 1), hidden_states, hidden_states_scale, w_desc,
                *rest, **constants, num_warps=tile.num_warps)
     return intermediate
 

@@ -43,12 +43,12 @@ def gemm2(
         H=hidden_size, I=intermediate_size, BLOCK_M=config.block_m, BLOCK_N=tile.block_n, NUM_STAGES=tile.num_stages
     )
     if config.streaming:
-        launch(weights.device, _streaming_kernel, (num_units,), intermediate.values, intermediate.scale, weights, *rest,
-               **constants, UNROLL=tile.unroll, num_warps=tile.num_warps)
+        launch(weights.device, _streaming_kernel, (num_units, 1), intermediate.values, intermediate.scale, weights,
+               *rest, **constants, UNROLL=tile.unroll, num_warps=tile.num_warps)
     else:
         c_desc = TensorDescriptor.from_tensor(intermediate.values, [config.block_m, 128])
         w_desc = TensorDescriptor.from_tensor(weights.view(-1, intermediate_size), [tile.block_n, 128])
-        launch(weights.device, _tiled_kernel, (min(num_units, config.num_sms),), c_desc, intermediate.scale, w_desc,
+        launch(weights.device, _tiled_kernel, (min(num_units, config.num_sms), 1), c_desc, intermediate.scale, w_desc,
                *rest, **constants, num_warps=tile.num_warps)
     return out
 

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.runtime import driver
 
 from .contract import INTERPRETED
 
@@ -23,32 +24,37 @@ _compiled: dict[tuple, triton.compiler.CompiledKernel] = {}
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager:
     """Launch on this device's current stream, whichever device is current for the caller."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    if device.type != "cuda" or torch.cuda.current_device() == device.index:
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
 
 
-def launch(device: torch.device, kernel: triton.JITFunction, grid: tuple[int, ...], *arguments: object,
+def launch(device: torch.device, kernel: triton.JITFunction, grid: tuple[int, int], *arguments: object,
            num_warps: int, max_registers: int | None = None, **constants: int) -> None:
     """Launch kernel(*arguments, *constants, PDL) on the device's current stream.
 
     Triton's own launcher examines every argument on every call to pick a specialisation. Here nothing that it looks at
     can change under one key: `check_arguments` demands aligned tensors of fixed dtypes, scratch is aligned, and the
-    kernels leave their integers unspecialised. So only the first launch goes through it.
+    kernels leave their integers unspecialised. So only the first launch goes through it; later ones call the compiled
+    kernel as it would (Triton 3.6), but for its profiling hooks.
 
     Args:
-        grid: one to three sizes.
+        grid: two sizes.
         arguments: the kernel's run-time arguments, in order.
         constants: its constexpr parameters but the last, PDL, in order.
     """
     key = (kernel, device, num_warps, max_registers, *constants.values())
     compiled = _compiled.get(key)
     if compiled is not None:
-        compiled[(*grid, 1, 1)[:3]](*arguments, *constants.values(), USE_PDL)
+        stream = driver.active.get_current_stream(device.index)
+        compiled.run(*grid, 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
+                     *arguments, *constants.values(), USE_PDL)
         return
     expected = kernel.arg_names[len(arguments):]
     if expected != [*constants, "PDL"]:
         raise ValueError(f"constants: expected {expected[:-1]}, got {list(constants)}")
-    compiled = kernel[grid](*arguments, **constants, PDL=USE_PDL, num_warps=num_warps,
-                            maxnreg=max_registers, **_OPTIONS)
+    compiled = kernel[grid](*arguments, **constants, PDL=USE_PDL, num_warps=num_warps, maxnreg=max_registers,
+                            **_OPTIONS)
     if compiled is not None:  # the interpreter compiles nothing
         _compiled[key] = compiled
 

@@ -42,9 +42,9 @@ class Routing:
 
 
 def max_tiles(num_tokens: int, block_m: int) -> int:
-    """Tiles that T tokens can need at most: every expert but one wastes up to a tile, and no tile is empty."""
+    """Tiles that T tokens can need at most, a multiple of 4: no tile is empty, and an expert wastes less than one."""
     max_rows = num_tokens * TOP_K
-    return min(max_rows, max_rows // block_m + NUM_LOCAL_EXPERTS)
+    return min(max_rows, _multiple_of_4(max_rows // block_m + NUM_LOCAL_EXPERTS))
 
 
 def route(
@@ -72,36 +72,36 @@ def route(
     num_tiles_bound = max_tiles(num_tokens, block_m)
 
     topk_slots = num_tokens * TOP_K
+    # One allocation for all lists; each starts at a multiple of 16 bytes because every size is a multiple of 4.
+    lists = (topk_slots, topk_slots, topk_slots, topk_slots, num_blocks * NUM_LOCAL_EXPERTS,
+             num_tiles_bound, num_tiles_bound, num_tiles_bound, num_tiles_bound * (num_channel_groups + 1), 4, 4)
     (
-        topk_ids, token_rows, row_tokens, block_counts,
-        tile_experts, tile_starts, tile_ends, num_tiles, ticket, arrivals,
-    ) = _int32(
-        device, topk_slots, topk_slots, topk_slots, num_blocks * NUM_LOCAL_EXPERTS,
-        num_tiles_bound, num_tiles_bound, num_tiles_bound, 1, 1, num_tiles_bound * (num_channel_groups + 1),
-    )
+        topk_ids, topk_weights, token_rows, row_tokens, block_counts,
+        tile_experts, tile_starts, tile_ends, arrivals, num_tiles, ticket,
+    ) = torch.empty(sum(lists), dtype=torch.int32, device=device).split(lists)
     routing = Routing(
-        topk_weights=torch.empty(num_tokens, TOP_K, dtype=torch.float32, device=device),
+        topk_weights=topk_weights.view(torch.float32).view(num_tokens, TOP_K),
         token_rows=token_rows.view(num_tokens, TOP_K),
         row_tokens=row_tokens,
         tile_experts=tile_experts,
         tile_starts=tile_starts,
         tile_ends=tile_ends,
-        num_tiles=num_tiles,
+        num_tiles=num_tiles[:1],
         arrivals=arrivals.view(num_tiles_bound, num_channel_groups + 1),
-        ticket=ticket,
+        ticket=ticket[:1],
     )
     # Offsets beyond these leave no expert local either, and they fit the kernel's int32.
     offset = max(-NUM_LOCAL_EXPERTS, min(int(local_expert_offset), NUM_EXPERTS))
     launch(
-        device, _top_k_kernel, (num_tokens,),
+        device, _top_k_kernel, (num_tokens, 1),
         routing_logits, routing_bias, topk_ids, routing.topk_weights, offset, float(routed_scaling_factor),
         E=NUM_LOCAL_EXPERTS, TOP_K=TOP_K, EXPERTS=NUM_EXPERTS, GROUPS=NUM_GROUPS, TOP_GROUPS=TOP_GROUPS, num_warps=1,
     )
     if num_blocks > 1:
-        launch(device, _count_kernel, (num_blocks,), topk_ids, block_counts, num_tokens,
+        launch(device, _count_kernel, (num_blocks, 1), topk_ids, block_counts, num_tokens,
                E=NUM_LOCAL_EXPERTS, TOP_K=TOP_K, BLOCK_T=block_t, num_warps=8)
     launch(
-        device, _lists_kernel, (num_blocks,),
+        device, _lists_kernel, (num_blocks, 1),
         topk_ids, block_counts, token_rows, row_tokens,
         tile_experts, tile_starts, tile_ends, num_tiles, ticket, arrivals, num_tokens, num_blocks,
         E=NUM_LOCAL_EXPERTS, TOP_K=TOP_K, COUNTERS=num_channel_groups + 1, BLOCK_M=block_m, BLOCK_T=block_t,
@@ -110,11 +110,8 @@ def route(
     return routing
 
 
-def _int32(device: torch.device, *sizes: int) -> list[torch.Tensor]:
-    """One allocation cut into int32 tensors that start at multiples of 16 bytes."""
-    padded = [-(-size // 4) * 4 for size in sizes]
-    parts = torch.empty(sum(padded), dtype=torch.int32, device=device).split(padded)
-    return [part[:size] if part.shape[0] > size else part for part, size in zip(parts, sizes)]
+def _multiple_of_4(size: int) -> int:
+    return -(-size // 4) * 4
 
 
 @triton.jit

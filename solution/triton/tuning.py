@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -63,6 +64,7 @@ TABLES = {
 }
 
 
+@functools.lru_cache(maxsize=1024)  # dataclasses.replace takes microseconds
 def select_config(num_tokens: int, num_sms: int, capability: tuple[int, int]) -> Config:
     """Return the first row of the GPU's table that reaches num_tokens, with the GPU's SM count filled in."""
     row = next(row for row in TABLES[capability[0]] if num_tokens <= row.max_tokens)
