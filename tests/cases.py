@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 
 from solution.triton import contract, tuning
 from solution.triton.contract import NUM_EXPERTS, NUM_LOCAL_EXPERTS, SCALE_BLOCK, TOP_K
-from solution.triton.intermediate import CHANNEL_GROUP, Intermediate
+from solution.triton.workspace import Workspace, allocate
 from tests import reference
 
 # The SM count of a config in a test: few enough that a persistent program takes several units.
@@ -138,20 +138,32 @@ def distributions(block_m: int) -> dict[str, torch.Tensor]:
 DISTRIBUTIONS = list(distributions(16))
 
 
-def random_intermediate(config: tuning.Config, num_rows: int, max_rows: int, device: torch.device) -> Intermediate:
+def workspace(ids: torch.Tensor, weights: torch.Tensor, hidden_size: int, intermediate_size: int,
+              config: tuning.Config, device: torch.device) -> Workspace:
+    """Scratch that holds the lists of local_ids [T, 8] and weights [T, 8], and otherwise what torch.empty gives."""
+    ws = allocate(len(ids), hidden_size, intermediate_size, config, device)
+    lists = reference.routing_lists(ids.to(device), weights.to(device), config.block_m, intermediate_size // SCALE_BLOCK)
+    for field in fields(lists):
+        getattr(ws, field.name).copy_(getattr(lists, field.name))
+    return ws
+
+
+def fill_intermediate(ws: Workspace, num_rows: int) -> None:
     """What GEMM1 may leave for `num_rows` rows: scaled values up to the format's largest, NaN in the rows past them."""
     generator = torch.Generator().manual_seed(9)
-    if config.intermediate_dtype == torch.float16:
-        values = ((torch.rand(max_rows, I, generator=generator) * 2 - 1) * 32768).half()
+    shape = ws.intermediate.shape
+    if ws.intermediate.dtype == torch.float16:
+        values = ((torch.rand(shape, generator=generator) * 2 - 1) * 32768).half()
         values[num_rows:] = float("nan")
     else:
-        codes = torch.randint(256, (max_rows, I), dtype=torch.uint8, generator=generator)
+        codes = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
         codes[codes & 0x7F == 0x7F] = 0x7E
         codes[num_rows:] = 0x7F
         values = codes.view(torch.float8_e4m3fn)
-    scale = random_scales(10, I // CHANNEL_GROUP, max_rows).abs()
+    scale = random_scales(10, *ws.intermediate_scale.shape).abs()
     scale[:, num_rows:] = float("nan")
-    return Intermediate(values.to(device), scale.to(device))
+    ws.intermediate.copy_(values)
+    ws.intermediate_scale.copy_(scale)
 
 
 def signature(tensor: torch.Tensor) -> torch.Tensor:

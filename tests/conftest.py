@@ -35,6 +35,8 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
         tensor = empty(*args, **kwargs)
         if tensor.dtype == torch.float8_e4m3fn:
             tensor.view(torch.uint8).fill_(0x7F)
+        elif tensor.dtype == torch.float32:
+            tensor.view(torch.int32).fill_(0x7FFFFFFF)  # NaN, and NaN when cut into float16 or float8
         else:
             tensor.fill_(float("nan") if tensor.is_floating_point() else 5)
         return tensor

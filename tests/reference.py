@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from solution.triton.contract import INTERPRETED, NUM_GROUPS, NUM_LOCAL_EXPERTS, SCALE_BLOCK, TOP_GROUPS, TOP_K
-from solution.triton.routing import Routing, max_tiles
+from solution.triton.workspace import Workspace, max_tiles
 
 # Error of a product of scaled 128-wide blocks, relative to the sum of its terms' magnitudes. In float32 each of 128
 # additions and of K / 128 promotions (56 at most) rounds by 2^-24: 184 * 2^-24 < 2^-16. Hopper's float8 tensor cores
@@ -80,8 +80,23 @@ def local_ids(experts: torch.Tensor, local_expert_offset: int) -> torch.Tensor:
     return torch.where((local >= 0) & (local < NUM_LOCAL_EXPERTS), local, -1)
 
 
-def routing_lists(ids: torch.Tensor, weights: torch.Tensor, block_m: int, num_channel_groups: int) -> Routing:
-    """The Routing of local expert ids [T, 8] (-1 = none) and weights [T, 8]; 5 in what a kernel must not rely on."""
+@dataclass(frozen=True)
+class Lists:
+    """What routing leaves in the workspace for the later stages, named and shaped as there."""
+
+    topk_weights: torch.Tensor
+    token_rows: torch.Tensor
+    row_tokens: torch.Tensor
+    tile_experts: torch.Tensor
+    tile_starts: torch.Tensor
+    tile_ends: torch.Tensor
+    num_tiles: torch.Tensor
+    arrivals: torch.Tensor
+    ticket: torch.Tensor
+
+
+def routing_lists(ids: torch.Tensor, weights: torch.Tensor, block_m: int, num_channel_groups: int) -> Lists:
+    """The lists of local expert ids [T, 8] (-1 = none) and weights [T, 8]; 5 in what a kernel must not rely on."""
     num_tokens, device = len(ids), ids.device
     tokens, slots = (ids >= 0).nonzero(as_tuple=True)
     experts = ids[tokens, slots]
@@ -103,7 +118,7 @@ def routing_lists(ids: torch.Tensor, weights: torch.Tensor, block_m: int, num_ch
     tile_experts, tile_starts, tile_ends = (column.to(device, copy=True) for column in padded.T.contiguous())
     arrivals = torch.full((len(tiles) + padding, num_channel_groups + 1), 5, dtype=torch.int32, device=device)
     arrivals[: len(tiles)] = 0
-    return Routing(
+    return Lists(
         topk_weights=weights.float(),
         token_rows=token_rows.int(),
         row_tokens=row_tokens.int(),
@@ -116,7 +131,7 @@ def routing_lists(ids: torch.Tensor, weights: torch.Tensor, block_m: int, num_ch
     )
 
 
-def row_experts(routing: Routing) -> torch.Tensor:
+def row_experts(routing: Lists | Workspace) -> torch.Tensor:
     """[rows] int64: the local expert of every row, read off the tiles."""
     num_tiles = int(routing.num_tiles)
     rows_per_tile = (routing.tile_ends - routing.tile_starts)[:num_tiles]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from solution.triton.contract import SCALE_BLOCK
 from solution.triton.finalize import finalize
 from tests import cases, reference
 
@@ -18,28 +19,27 @@ def finalized(ids: torch.Tensor, hidden_size: int, device: torch.device):
     """finalize's output for the rows of local ids, with its inputs; rows past the last hold NaN."""
     generator = torch.Generator().manual_seed(11)
     weights = torch.rand(ids.shape, generator=generator)
-    routing = reference.routing_lists(ids.to(device), weights.to(device), 16, 1)
+    ws = cases.workspace(ids, weights, hidden_size, SCALE_BLOCK, cases.STREAMING, device)
     num_rows = int((ids >= 0).sum())
-    expert_rows = torch.randn(ids.numel(), hidden_size, generator=generator) * 1e5
-    expert_rows[num_rows:] = float("nan")
-    expert_rows = expert_rows.to(device)
+    ws.expert_rows[:num_rows] = (torch.randn(num_rows, hidden_size, generator=generator) * 1e5).to(device)
+    ws.expert_rows[num_rows:] = float("nan")
     output = torch.empty(len(ids), hidden_size, dtype=torch.bfloat16, device=device)
-    finalize(expert_rows, routing, output)
-    return output, expert_rows, routing
+    finalize(ws, output)
+    return output, ws
 
 
 @pytest.mark.parametrize("hidden_size", HIDDEN_SIZES)
 @pytest.mark.parametrize("name", cases.DISTRIBUTIONS)
 def test_weighted_sum(device, name, hidden_size):
     """Every element is the sum of exactly the token's rows, whatever was in output and in unused rows."""
-    output, expert_rows, routing = finalized(cases.distributions(16)[name], hidden_size, device)
-    reference.assert_within(output, reference.finalize(expert_rows, routing.topk_weights, routing.token_rows))
+    output, ws = finalized(cases.distributions(16)[name], hidden_size, device)
+    reference.assert_within(output, reference.finalize(ws.expert_rows, ws.topk_weights, ws.token_rows))
 
 
 def test_token_without_a_local_expert_is_zero(device):
     """Exact zeros, though its weights are not zero and row 0 is another token's."""
-    output, _, routing = finalized(cases.assigned({2: 1}, 4), HIDDEN_SIZES[0], device)
-    local = (routing.token_rows >= 0).any(1)
+    output, ws = finalized(cases.assigned({2: 1}, 4), HIDDEN_SIZES[0], device)
+    local = (ws.token_rows >= 0).any(1)
     assert local.sum() == 1
     assert (output[~local] == 0).all() and (output[local] != 0).any()
 
@@ -47,10 +47,11 @@ def test_token_without_a_local_expert_is_zero(device):
 def test_sum_is_in_the_order_of_the_slots(device):
     """Large terms that cancel leave the same last bits every time only in a fixed order."""
     ids = torch.arange(8)[None, :]
-    routing = reference.routing_lists(ids.to(device), torch.ones(1, 8, device=device), 16, 1)
+    ws = cases.workspace(ids, torch.ones(1, 8), 128, SCALE_BLOCK, cases.STREAMING, device)
     terms = torch.tensor([2.0**24, 1.0, 1.0, -(2.0**24), 1.0, 2.0**25, 4.0, -(2.0**25)])
     output = torch.empty(1, 128, dtype=torch.bfloat16, device=device)
-    finalize(terms[:, None].repeat(1, 128).to(device), routing, output)
+    ws.expert_rows.copy_(terms[:, None].repeat(1, 128))
+    finalize(ws, output)
     expected = torch.zeros(())
     for term in terms:
         expected = expected + term

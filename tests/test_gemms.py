@@ -12,9 +12,9 @@ from solution.triton.contract import INTERPRETED
 from solution.triton.fused_gemms import fused_gemms
 from solution.triton.gemm1_swiglu import gemm1_swiglu
 from solution.triton.gemm2 import gemm2
-from solution.triton.intermediate import CHANNEL_GROUP, Intermediate, store_channel_group, to_float8
-from solution.triton.routing import Routing
+from solution.triton.intermediate import store_channel_group, to_float8
 from solution.triton.tuning import Config
+from solution.triton.workspace import Workspace
 from tests import cases, reference
 from tests.cases import CONFIGS, DISTRIBUTIONS, H, I, config_id
 
@@ -27,14 +27,13 @@ def weights(device):
     return cases.weights(H, I, device)
 
 
-def routing_of(ids: torch.Tensor, config: Config, device: torch.device) -> Routing:
+def workspace_of(ids: torch.Tensor, config: Config, device: torch.device) -> Workspace:
     """Lists with the tiles last to first: run in that order, a tile that writes past its end spoils the next one's."""
-    topk_weights = torch.ones(ids.shape, device=device)
-    routing = reference.routing_lists(ids.to(device), topk_weights, config.block_m, I // CHANNEL_GROUP)
-    num_tiles = int(routing.num_tiles)
-    for tiles in (routing.tile_experts, routing.tile_starts, routing.tile_ends):
+    ws = cases.workspace(ids, torch.ones(ids.shape), H, I, config, device)
+    num_tiles = int(ws.num_tiles)
+    for tiles in (ws.tile_experts, ws.tile_starts, ws.tile_ends):
         tiles[:num_tiles] = tiles[:num_tiles].flip(0)
-    return routing
+    return ws
 
 
 def experts_of(ids: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -44,19 +43,22 @@ def experts_of(ids: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def run_gemm1(
     ids: torch.Tensor, config: Config, weights: dict[str, torch.Tensor], activations: dict[str, torch.Tensor]
-) -> tuple[Intermediate, Routing]:
-    """A call on fresh lists, and the lists."""
-    routing = routing_of(ids, config, weights["gemm1_weights"].device)
-    intermediate = gemm1_swiglu(
-        **activations, weights=weights["gemm1_weights"], weights_scale=weights["gemm1_weights_scale"], routing=routing,
+) -> Workspace:
+    """The workspace after a call on fresh lists."""
+    ws = workspace_of(ids, config, weights["gemm1_weights"].device)
+    gemm1_swiglu(
+        **activations, weights=weights["gemm1_weights"], weights_scale=weights["gemm1_weights_scale"], workspace=ws,
         config=config,
     )
-    return intermediate, routing
+    return ws
 
 
-def real(intermediate: Intermediate, num_rows: int) -> torch.Tensor:
-    """values * scale of the first rows, float64."""
-    return reference.dequantised(intermediate.values[:num_rows], intermediate.scale.T[:num_rows], 1)
+def run_gemm2(ids: torch.Tensor, config: Config, weights: dict[str, torch.Tensor]) -> Workspace:
+    """The workspace after a call on fresh lists and a random intermediate."""
+    ws = workspace_of(ids, config, weights["gemm2_weights"].device)
+    cases.fill_intermediate(ws, int((ids >= 0).sum()))
+    gemm2(weights["gemm2_weights"], weights["gemm2_weights_scale"], ws, config)
+    return ws
 
 
 @every_config
@@ -65,14 +67,15 @@ def test_gemm1(device, weights, config, name):
     """Every row is silu(gate) * up of its own token, expert and scales, at every fill of a tile."""
     ids = cases.distributions(config.block_m)[name]
     activations = cases.activations(len(ids), H, device)
-    intermediate, routing = run_gemm1(ids, config, weights, activations)
+    ws = run_gemm1(ids, config, weights, activations)
     experts = experts_of(ids, device)
     expected = reference.gemm1_swiglu(
         **activations, weights=weights["gemm1_weights"], weights_scale=weights["gemm1_weights_scale"],
-        row_tokens=routing.row_tokens[: len(experts)], experts=experts, dtype=config.intermediate_dtype,
+        row_tokens=ws.row_tokens[: len(experts)], experts=experts, dtype=config.intermediate_dtype,
     )
-    assert intermediate.values.dtype == config.intermediate_dtype
-    reference.assert_within(real(intermediate, len(experts)), expected)
+    assert ws.intermediate.dtype == config.intermediate_dtype
+    actual = reference.dequantised(ws.intermediate[: len(experts)], ws.intermediate_scale.T[: len(experts)], 1)
+    reference.assert_within(actual, expected)
 
 
 @every_config
@@ -81,8 +84,8 @@ def test_gemm1_of_zeros(device, weights, config):
     ids = cases.assigned({0: 2, 9: 1}, 2)
     activations = cases.activations(len(ids), H, device)
     activations["hidden_states"].view(torch.uint8).zero_()
-    intermediate, _ = run_gemm1(ids, config, weights, activations)
-    assert (intermediate.values[:3].float() == 0).all() and intermediate.scale[:, :3].isfinite().all()
+    ws = run_gemm1(ids, config, weights, activations)
+    assert (ws.intermediate[:3].float() == 0).all() and ws.intermediate_scale[:, :3].isfinite().all()
 
 
 @every_config
@@ -91,9 +94,10 @@ def test_gemm1_same_bits_every_time(device, weights, config):
     ids = cases.distributions(config.block_m)["tile boundaries"]
     num_rows = int((ids >= 0).sum())
     activations = cases.activations(len(ids), H, device)
-    first, second = (run_gemm1(ids, config, weights, activations)[0] for _ in range(2))
-    assert torch.equal(cases.signature(first.values[:num_rows]), cases.signature(second.values[:num_rows]))
-    assert torch.equal(cases.signature(first.scale[:, :num_rows]), cases.signature(second.scale[:, :num_rows]))
+    first, second = (run_gemm1(ids, config, weights, activations) for _ in range(2))
+    values = [cases.signature(ws.intermediate[:num_rows]) for ws in (first, second)]
+    scales = [cases.signature(ws.intermediate_scale[:, :num_rows]) for ws in (first, second)]
+    assert torch.equal(*values) and torch.equal(*scales)
 
 
 @every_config
@@ -101,28 +105,21 @@ def test_gemm1_same_bits_every_time(device, weights, config):
 def test_gemm2(device, weights, config, name):
     """Every row is the down projection by its own expert, and unused rows' NaN stay where they are."""
     ids = cases.distributions(config.block_m)[name]
-    routing = routing_of(ids, config, device)
+    ws = run_gemm2(ids, config, weights)
     experts = experts_of(ids, device)
-    intermediate = cases.random_intermediate(config, len(experts), routing.max_rows, device)
-    w, w_scale = weights["gemm2_weights"], weights["gemm2_weights_scale"]
-    rows = gemm2(intermediate, w, w_scale, routing, config)[: len(experts)]
     expected = reference.gemm2(
-        intermediate.values[: len(experts)], intermediate.scale[:, : len(experts)], w, w_scale, experts
+        ws.intermediate[: len(experts)], ws.intermediate_scale[:, : len(experts)],
+        weights["gemm2_weights"], weights["gemm2_weights_scale"], experts,
     )
-    reference.assert_within(rows, expected)
+    reference.assert_within(ws.expert_rows[: len(experts)], expected)
 
 
 @every_config
-def test_gemm2_same_bits_every_time(device, weights, config):
+def test_gemm2_same_bits_every_time(weights, config):
     """Two calls agree to the bit."""
     ids = cases.distributions(config.block_m)["tile boundaries"]
-    routing = routing_of(ids, config, device)
     num_rows = int((ids >= 0).sum())
-    intermediate = cases.random_intermediate(config, num_rows, routing.max_rows, device)
-    first, second = (
-        gemm2(intermediate, weights["gemm2_weights"], weights["gemm2_weights_scale"], routing, config)[:num_rows]
-        for _ in range(2)
-    )
+    first, second = (run_gemm2(ids, config, weights).expert_rows[:num_rows] for _ in range(2))
     assert torch.equal(cases.signature(first), cases.signature(second))
 
 
@@ -132,13 +129,14 @@ def test_fused_gemms(device, weights, config, name):
     """One grid for both gives the bits of one after the other, and hands out every piece of work once."""
     ids = cases.distributions(config.block_m)[name]
     activations = cases.activations(len(ids), H, device)
-    intermediate, routing = run_gemm1(ids, config, weights, activations)
-    expected = gemm2(intermediate, weights["gemm2_weights"], weights["gemm2_weights_scale"], routing, config)
-    routing = routing_of(ids, config, device)
-    rows = fused_gemms(**activations, **weights, routing=routing, config=config)
+    separate = run_gemm1(ids, config, weights, activations)
+    gemm2(weights["gemm2_weights"], weights["gemm2_weights_scale"], separate, config)
+    fused = workspace_of(ids, config, device)
+    fused_gemms(**activations, **weights, workspace=fused, config=config)
     num_rows = int((ids >= 0).sum())
-    assert torch.equal(cases.signature(rows[:num_rows]), cases.signature(expected[:num_rows]))
-    assert int(routing.ticket) == int(routing.num_tiles) * (I // config.gemm1.block_n + H // config.gemm2.block_n)
+    rows = [cases.signature(ws.expert_rows[:num_rows]) for ws in (fused, separate)]
+    assert torch.equal(*rows)
+    assert int(fused.ticket) == int(fused.num_tiles) * (I // config.gemm1.block_n + H // config.gemm2.block_n)
 
 
 @triton.jit

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from solution.triton.contract import INTERPRETED, NUM_EXPERTS, NUM_LOCAL_EXPERTS, TOP_K
-from solution.triton.routing import Routing, max_tiles, route
+from solution.triton import routing as stage
+from solution.triton.contract import INTERPRETED, NUM_EXPERTS, NUM_LOCAL_EXPERTS, SCALE_BLOCK, TOP_K
+from solution.triton.workspace import Workspace, allocate, max_tiles
 from tests import cases, reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -19,7 +22,15 @@ DRAW_TOKENS = 400 if INTERPRETED else 20_000  # a token takes 10 ms in the inter
 OFFSETS = [0, 17, 224, 250, -8, -32, 256, 2**40, -(2**40)]
 
 
-def check(routing: Routing, logits: torch.Tensor, bias: torch.Tensor, offset: int, block_m: int) -> None:
+def route(logits: torch.Tensor, bias: torch.Tensor, offset: int, block_m: int) -> Workspace:
+    """The workspace after a call."""
+    config = replace(cases.STREAMING, block_m=block_m)
+    ws = allocate(len(logits), SCALE_BLOCK, NUM_CHANNEL_GROUPS * SCALE_BLOCK, config, logits.device)
+    stage.route(logits, bias, offset, FACTOR, ws, block_m)
+    return ws
+
+
+def check(routing: Workspace, logits: torch.Tensor, bias: torch.Tensor, offset: int, block_m: int) -> None:
     """Routing's every field against the reference's. In float32, sigmoids, sum, division and scaling cost 2^-19."""
     experts, weights = reference.route(logits, bias, FACTOR)
     expected = reference.routing_lists(reference.local_ids(experts, offset), weights, block_m, NUM_CHANNEL_GROUPS)
@@ -34,7 +45,7 @@ def check(routing: Routing, logits: torch.Tensor, bias: torch.Tensor, offset: in
     reference.assert_within(routing.topk_weights, reference.Expected(weights, weights * 2**-19 + 1e-30))
 
 
-def check_invariants(routing: Routing, block_m: int) -> None:
+def check_invariants(routing: Workspace, block_m: int) -> None:
     """What the GEMMs rely on, read off the lists alone."""
     num_tiles = int(routing.num_tiles)
     experts, starts, ends = (
@@ -79,7 +90,7 @@ def test_choice_is_exact(device, name):
     num_tokens = 5 if name == "all equal" else DRAW_TOKENS
     inputs = draw(name, num_tokens, device)
     offset = {"tied": 0, "all equal": 3}.get(name, 32)  # ties gather at low indices
-    routing = route(*inputs.values(), offset, FACTOR, 16, NUM_CHANNEL_GROUPS)
+    routing = route(*inputs.values(), offset, 16)
     assert (routing.token_rows >= 0).any()
     check(routing, *inputs.values(), offset, 16)
     check_invariants(routing, 16)
@@ -90,7 +101,7 @@ def test_number_of_tokens(device, num_tokens):
     """Blocks of tokens that are full, one short and one over, tied throughout; rows of most tokens are local."""
     inputs = draw("tied and biased", num_tokens, device)
     inputs["routing_bias"][64:96] += 0.25
-    routing = route(*inputs.values(), 64, FACTOR, 64, NUM_CHANNEL_GROUPS)
+    routing = route(*inputs.values(), 64, 64)
     check(routing, *inputs.values(), 64, 64)
     check_invariants(routing, 64)
 
@@ -99,7 +110,7 @@ def test_number_of_tokens(device, num_tokens):
 def test_offset(device, offset):
     """Experts outside 0..255 do not exist, however far outside the offset itself is."""
     inputs = draw("random", 40, device)
-    routing = route(*inputs.values(), offset, FACTOR, 16, NUM_CHANNEL_GROUPS)
+    routing = route(*inputs.values(), offset, 16)
     check(routing, *inputs.values(), offset, 16)
     assert (int(routing.num_tiles) > 0) == (-32 < offset < 256)
 
@@ -110,7 +121,7 @@ def test_one_hot_expert(device):
     inputs["routing_logits"][:, 40] = 8
     inputs["routing_bias"][41:72] = -4
     inputs["routing_bias"][40] = 2
-    routing = route(*inputs.values(), 40, FACTOR, 16, NUM_CHANNEL_GROUPS)
+    routing = route(*inputs.values(), 40, 16)
     check(routing, *inputs.values(), 40, 16)
     assert (routing.token_rows[:, 0] >= 0).all() and (routing.token_rows[:, 1:] == -1).all()
 
@@ -121,7 +132,7 @@ def test_as_many_tiles_as_there_can_be(device):
     for token in range(4):
         logits[token, 64 + token : 96 : 4] = 4 - torch.arange(8) / 8
     inputs = [logits.to(device), torch.zeros(NUM_EXPERTS, dtype=torch.bfloat16, device=device)]
-    routing = route(*inputs, 64, FACTOR, 16, NUM_CHANNEL_GROUPS)
+    routing = route(*inputs, 64, 16)
     assert int(routing.num_tiles) == routing.max_tiles == 32
     check(routing, *inputs, 64, 16)
 
@@ -142,7 +153,7 @@ def test_excluded_experts(device):
     inputs = draw("random", 50, device)
     inputs["routing_bias"][::2] = float("-inf")
     for offset in (0, 96):
-        routing = route(*inputs.values(), offset, FACTOR, 16, NUM_CHANNEL_GROUPS)
+        routing = route(*inputs.values(), offset, 16)
         check(routing, *inputs.values(), offset, 16)
         assert (reference.row_experts(routing) % 2 == 1).all()
 
@@ -151,7 +162,7 @@ def chosen_experts(logits: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """[T, 8] global experts, collected from the eight ranks that hold 32 of them each; a slot nobody has is -1."""
     chosen = torch.full((len(logits), TOP_K), -1, device=logits.device)
     for offset in range(0, NUM_EXPERTS, NUM_LOCAL_EXPERTS):
-        routing = route(logits, bias, offset, FACTOR, 16, NUM_CHANNEL_GROUPS)
+        routing = route(logits, bias, offset, 16)
         check_invariants(routing, 16)
         here = routing.token_rows >= 0
         assert (chosen[here] == -1).all(), "a slot belongs to one rank"
@@ -180,6 +191,6 @@ def test_no_value_breaks_the_lists(device, value, where):
 def test_same_bits_every_time(device):
     """Two calls agree to the bit."""
     inputs = draw("random", 70, device)
-    first, second = (route(*inputs.values(), 64, FACTOR, 16, NUM_CHANNEL_GROUPS) for _ in range(2))
+    first, second = (route(*inputs.values(), 64, 16) for _ in range(2))
     assert torch.equal(first.token_rows, second.token_rows)
     assert torch.equal(cases.signature(first.topk_weights), cases.signature(second.topk_weights))

@@ -8,22 +8,21 @@ import triton.language as tl
 
 from .contract import TOP_K
 from .launch import launch, pdl_wait
-from .routing import Routing
+from .workspace import Workspace
 
 
-def finalize(expert_rows: torch.Tensor, routing: Routing, output: torch.Tensor) -> None:
+def finalize(workspace: Workspace, output: torch.Tensor) -> None:
     """output[t] = sum over k of topk_weights[t, k] * expert_rows[token_rows[t, k]], in float32, rounded once.
 
     Args:
-        expert_rows: [R, H] float32, GEMM2's result.
-        routing: its topk_weights and token_rows; a token with no local row gets zeros.
+        workspace: its topk_weights, token_rows and expert_rows; a token with no local row gets zeros.
         output: [T, H] bfloat16, every element is written.
     """
     num_tokens, hidden_size = output.shape
     block_h = 512 if num_tokens <= 256 else 2048  # few tokens: more programs; many: 20% faster (H100, 2026-11-22)
     launch(
         output.device, _finalize_kernel, (num_tokens, -(-hidden_size // block_h)),
-        expert_rows, routing.topk_weights, routing.token_rows, output,
+        workspace.expert_rows, workspace.topk_weights, workspace.token_rows, output,
         H=hidden_size, TOP_K=TOP_K, BLOCK_H=block_h, num_warps=4,
     )
 

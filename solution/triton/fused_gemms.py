@@ -18,10 +18,9 @@ import triton.language as tl
 from .contract import INTERPRETED
 from .gemm1_swiglu import alternating_rows, gemm1_streaming_tile
 from .gemm2 import gemm2_streaming_tile
-from .intermediate import empty_intermediate
 from .launch import launch, pdl_wait
-from .routing import Routing
 from .tuning import Config
+from .workspace import Workspace
 
 
 def fused_gemms(
@@ -31,34 +30,30 @@ def fused_gemms(
     gemm1_weights_scale: torch.Tensor,
     gemm2_weights: torch.Tensor,
     gemm2_weights_scale: torch.Tensor,
-    routing: Routing,
+    workspace: Workspace,
     config: Config,
-) -> torch.Tensor:
-    """Return the experts' outputs, [R, H] float32, as `gemm2(gemm1_swiglu(...))` with a streaming config does.
+) -> None:
+    """Compute the workspace's expert_rows as `gemm1_swiglu` and `gemm2` with a streaming config do.
 
     Arguments as there. The result has the same bits: both run the same tiles.
     """
     num_tokens, hidden_size = hidden_states.shape
     intermediate_size = gemm2_weights.shape[2]
     device = hidden_states.device
-    gemm1, gemm2 = config.gemm1, config.gemm2
-    parts = torch.empty(routing.max_rows, intermediate_size, dtype=torch.float32, device=device)
-    intermediate = empty_intermediate(routing.max_rows, intermediate_size, config.intermediate_dtype, device)
-    out = torch.empty(routing.max_rows, hidden_size, dtype=torch.float32, device=device)
-    num_units = routing.max_tiles * (intermediate_size // gemm1.block_n + hidden_size // gemm2.block_n)
+    ws, gemm1, gemm2 = workspace, config.gemm1, config.gemm2
+    num_units = ws.max_tiles * (intermediate_size // gemm1.block_n + hidden_size // gemm2.block_n)
     launch(
         device, _fused_kernel, (num_units, 1),
         hidden_states, hidden_states_scale, gemm1_weights, gemm1_weights_scale, gemm2_weights, gemm2_weights_scale,
-        routing.row_tokens, routing.tile_experts, routing.tile_starts, routing.tile_ends, routing.num_tiles,
-        intermediate.values, intermediate.scale, out, num_tokens, routing.max_rows,
-        parts, routing.arrivals, routing.ticket,
+        ws.row_tokens, ws.tile_experts, ws.tile_starts, ws.tile_ends, ws.num_tiles,
+        ws.intermediate, ws.intermediate_scale, ws.expert_rows, num_tokens, ws.max_rows,
+        ws.parts, ws.arrivals, ws.ticket,
         H=hidden_size, I=intermediate_size, BLOCK_M=config.block_m,
         BLOCK_N1=gemm1.block_n, NUM_STAGES1=gemm1.num_stages, UNROLL1=gemm1.unroll,
         BLOCK_N2=gemm2.block_n, NUM_STAGES2=gemm2.num_stages, UNROLL2=gemm2.unroll,
         PREFETCH=0 if INTERPRETED else config.fusion.prefetch, EMULATE_FP8=INTERPRETED,
         num_warps=gemm1.num_warps, max_registers=config.fusion.max_registers,
     )
-    return out
 
 
 @triton.jit(do_not_specialize=["T", "R"])

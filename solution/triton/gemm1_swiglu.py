@@ -16,10 +16,10 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .contract import INTERPRETED
-from .intermediate import Intermediate, empty_intermediate, store_channel_group, swiglu
+from .intermediate import store_channel_group, swiglu
 from .launch import launch, pdl_wait
-from .routing import Routing
 from .tuning import Config
+from .workspace import Workspace
 
 
 def gemm1_swiglu(
@@ -27,41 +27,37 @@ def gemm1_swiglu(
     hidden_states_scale: torch.Tensor,
     weights: torch.Tensor,
     weights_scale: torch.Tensor,
-    routing: Routing,
+    workspace: Workspace,
     config: Config,
-) -> Intermediate:
-    """Return silu(gate) * up for every row.
+) -> None:
+    """Compute the workspace's intermediate, silu(gate) * up for every row.
 
     Args:
         hidden_states: [T, H] float8_e4m3fn.
         hidden_states_scale: [H / 128, T] float32.
         weights: [E, 2 I, H] float8_e4m3fn, the up rows before the gate rows.
         weights_scale: [E, 2 I / 128, H / 128] float32.
-        routing: lists whose tiles have config.block_m rows.
+        workspace: lists whose tiles have config.block_m rows.
         config: tile shapes and the intermediate's format.
     """
     num_tokens, hidden_size = hidden_states.shape
     intermediate_size = weights.shape[1] // 2
     device = hidden_states.device
-    tile = config.gemm1
-    intermediate = empty_intermediate(routing.max_rows, intermediate_size, config.intermediate_dtype, device)
-    num_units = routing.max_tiles * (intermediate_size // tile.block_n)
-    rest = (weights_scale, routing.row_tokens, routing.tile_experts, routing.tile_starts, routing.tile_ends,
-            routing.num_tiles, intermediate.values, intermediate.scale, num_tokens, routing.max_rows)
+    ws, tile = workspace, config.gemm1
+    num_units = ws.max_tiles * (intermediate_size // tile.block_n)
+    rest = (weights_scale, ws.row_tokens, ws.tile_experts, ws.tile_starts, ws.tile_ends, ws.num_tiles,
+            ws.intermediate, ws.intermediate_scale, num_tokens, ws.max_rows)
     constants = dict(
         H=hidden_size, I=intermediate_size, BLOCK_M=config.block_m, BLOCK_N=tile.block_n, NUM_STAGES=tile.num_stages,
         EMULATE_FP8=INTERPRETED,
     )
     if config.streaming:
-        # A program covers less than the scale's 128 channels: it leaves its part here for the last one to store.
-        parts = torch.empty(routing.max_rows, intermediate_size, dtype=torch.float32, device=device)
         launch(device, _streaming_kernel, (num_units, 1), hidden_states, hidden_states_scale, weights, *rest,
-               parts, routing.arrivals, **constants, UNROLL=tile.unroll, num_warps=tile.num_warps)
+               ws.parts, ws.arrivals, **constants, UNROLL=tile.unroll, num_warps=tile.num_warps)
     else:
         w_desc = TensorDescriptor.from_tensor(weights.view(-1, hidden_size), [tile.block_n, 128])
         launch(device, _tiled_kernel, (min(num_units, config.num_sms), 1), hidden_states, hidden_states_scale, w_desc,
                *rest, **constants, num_warps=tile.num_warps)
-    return intermediate
 
 
 @triton.jit(do_not_specialize=["T", "R"])
@@ -143,8 +139,8 @@ def gemm1_streaming_tile(
     up, gate = tl.split(tl.reshape(acc.T, (BLOCK_M, BLOCK_N, 2)))
     out = swiglu(up, gate)
     group = pid_n * BLOCK_N // 128
-    # The program that arrives last at a group of 128 channels finds all of its parts and stores it. Which one that is
-    # does not change the values. The barriers order the whole program's stores before its arrival.
+    # A scale covers 128 channels, a program less: the one that arrives last finds all parts and stores them. Which one
+    # that is does not change the values. The barriers order the whole program's stores before its arrival.
     offs_row = rows[:, None].to(tl.int64) * I
     tl.store(parts_ptr + offs_row + (pid_n * BLOCK_N + tl.arange(0, BLOCK_N))[None, :], out, mask=mask_m[:, None])
     tl.debug_barrier()

@@ -11,46 +11,36 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .intermediate import Intermediate
 from .launch import launch, pdl_wait
-from .routing import Routing
 from .tuning import Config
+from .workspace import Workspace
 
 
-def gemm2(
-    intermediate: Intermediate,
-    weights: torch.Tensor,
-    weights_scale: torch.Tensor,
-    routing: Routing,
-    config: Config,
-) -> torch.Tensor:
-    """Return the experts' outputs, [R, H] float32; rows past the last tile hold garbage.
+def gemm2(weights: torch.Tensor, weights_scale: torch.Tensor, workspace: Workspace, config: Config) -> None:
+    """Compute the workspace's expert_rows from its intermediate; rows past the last tile stay as they are.
 
     Args:
-        intermediate: GEMM1's result in config.intermediate_dtype.
         weights: [E, H, I] float8_e4m3fn.
         weights_scale: [E, H / 128, I / 128] float32.
-        routing: lists whose tiles have config.block_m rows.
+        workspace: lists whose tiles have config.block_m rows, intermediate in config.intermediate_dtype.
         config: tile shapes.
     """
     _, hidden_size, intermediate_size = weights.shape
-    tile = config.gemm2
-    out = torch.empty(routing.max_rows, hidden_size, dtype=torch.float32, device=weights.device)
-    num_units = routing.max_tiles * (hidden_size // tile.block_n)
-    rest = (weights_scale, routing.tile_experts, routing.tile_starts, routing.tile_ends, routing.num_tiles, out,
-            routing.max_rows)
+    device = weights.device
+    ws, tile = workspace, config.gemm2
+    num_units = ws.max_tiles * (hidden_size // tile.block_n)
+    rest = (weights_scale, ws.tile_experts, ws.tile_starts, ws.tile_ends, ws.num_tiles, ws.expert_rows, ws.max_rows)
     constants = dict(
         H=hidden_size, I=intermediate_size, BLOCK_M=config.block_m, BLOCK_N=tile.block_n, NUM_STAGES=tile.num_stages
     )
     if config.streaming:
-        launch(weights.device, _streaming_kernel, (num_units, 1), intermediate.values, intermediate.scale, weights,
-               *rest, **constants, UNROLL=tile.unroll, num_warps=tile.num_warps)
+        launch(device, _streaming_kernel, (num_units, 1), ws.intermediate, ws.intermediate_scale, weights, *rest,
+               **constants, UNROLL=tile.unroll, num_warps=tile.num_warps)
     else:
-        c_desc = TensorDescriptor.from_tensor(intermediate.values, [config.block_m, 128])
+        c_desc = TensorDescriptor.from_tensor(ws.intermediate, [config.block_m, 128])
         w_desc = TensorDescriptor.from_tensor(weights.view(-1, intermediate_size), [tile.block_n, 128])
-        launch(weights.device, _tiled_kernel, (min(num_units, config.num_sms), 1), c_desc, intermediate.scale, w_desc,
+        launch(device, _tiled_kernel, (min(num_units, config.num_sms), 1), c_desc, ws.intermediate_scale, w_desc,
                *rest, **constants, num_warps=tile.num_warps)
-    return out
 
 
 @triton.jit(do_not_specialize=["R"])

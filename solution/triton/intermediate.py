@@ -7,29 +7,8 @@ would overflow: with random inputs the values pass 1e4.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
 import triton
 import triton.language as tl
-
-CHANNEL_GROUP = 128
-
-
-@dataclass(frozen=True)
-class Intermediate:
-    """values * scale is silu(gate) * up."""
-
-    values: torch.Tensor  # [R, I] float16 or float8_e4m3fn
-    scale: torch.Tensor  # [I / 128, R] float32
-
-
-def empty_intermediate(max_rows: int, intermediate_size: int, dtype: torch.dtype, device: torch.device) -> Intermediate:
-    return Intermediate(
-        values=torch.empty(max_rows, intermediate_size, dtype=dtype, device=device),
-        scale=torch.empty(intermediate_size // CHANNEL_GROUP, max_rows, dtype=torch.float32, device=device),
-    )
-
 
 @triton.jit
 def swiglu(up, gate):

@@ -9,10 +9,10 @@ from .finalize import finalize
 from .fused_gemms import fused_gemms
 from .gemm1_swiglu import gemm1_swiglu
 from .gemm2 import gemm2
-from .intermediate import CHANNEL_GROUP
 from .launch import on_device
 from .routing import route
 from .tuning import select_config
+from .workspace import allocate
 
 
 def run(
@@ -52,15 +52,13 @@ def run(
     if num_tokens == 0:
         return
     config = select_config(num_tokens, num_sms, capability)
-    num_channel_groups = gemm2_weights.shape[2] // CHANNEL_GROUP
     with on_device(hidden_states.device):
-        routing = route(routing_logits, routing_bias, local_expert_offset, routed_scaling_factor,
-                        config.block_m, num_channel_groups)
+        workspace = allocate(num_tokens, *gemm2_weights.shape[1:], config, hidden_states.device)
+        route(routing_logits, routing_bias, local_expert_offset, routed_scaling_factor, workspace, config.block_m)
         if config.fusion:
-            expert_rows = fused_gemms(hidden_states, hidden_states_scale, gemm1_weights, gemm1_weights_scale,
-                                      gemm2_weights, gemm2_weights_scale, routing, config)
+            fused_gemms(hidden_states, hidden_states_scale, gemm1_weights, gemm1_weights_scale,
+                        gemm2_weights, gemm2_weights_scale, workspace, config)
         else:
-            intermediate = gemm1_swiglu(hidden_states, hidden_states_scale, gemm1_weights, gemm1_weights_scale,
-                                        routing, config)
-            expert_rows = gemm2(intermediate, gemm2_weights, gemm2_weights_scale, routing, config)
-        finalize(expert_rows, routing, output)
+            gemm1_swiglu(hidden_states, hidden_states_scale, gemm1_weights, gemm1_weights_scale, workspace, config)
+            gemm2(gemm2_weights, gemm2_weights_scale, workspace, config)
+        finalize(workspace, output)

@@ -7,44 +7,13 @@ the rows of each block of tokens by expert, one turns the counts into positions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
 from .contract import NUM_EXPERTS, NUM_GROUPS, NUM_LOCAL_EXPERTS, TOP_GROUPS, TOP_K
 from .launch import launch, pdl_wait
-
-
-@dataclass(frozen=True)
-class Routing:
-    """What routing leaves on the device for the later stages. R = 8 T bounds the rows, M the tiles."""
-
-    topk_weights: torch.Tensor  # [T, 8] float32: scaled weight of each of a token's experts
-    token_rows: torch.Tensor  # [T, 8] int32: the row of each of a token's experts, -1 where it is not local
-    row_tokens: torch.Tensor  # [R] int32: row -> token
-    tile_experts: torch.Tensor  # [M] int32: tile -> local expert
-    tile_starts: torch.Tensor  # [M] int32: first row of the tile
-    tile_ends: torch.Tensor  # [M] int32: one past its last row
-    num_tiles: torch.Tensor  # [1] int32: tiles in use
-    arrivals: torch.Tensor  # [M, groups + 1] int32, zeroed: GEMM1's programs done with each of a tile's channel groups,
-    # and the groups stored
-    ticket: torch.Tensor  # [1] int32, zeroed: work handed out by the fused GEMMs
-
-    @property
-    def max_rows(self) -> int:
-        return self.row_tokens.shape[0]
-
-    @property
-    def max_tiles(self) -> int:
-        return self.tile_experts.shape[0]
-
-
-def max_tiles(num_tokens: int, block_m: int) -> int:
-    """Tiles that T tokens can need at most, a multiple of 4: no tile is empty, and an expert wastes less than one."""
-    max_rows = num_tokens * TOP_K
-    return min(max_rows, _multiple_of_4(max_rows // block_m + NUM_LOCAL_EXPERTS))
+from .workspace import Workspace, token_block
 
 
 def route(
@@ -52,66 +21,40 @@ def route(
     routing_bias: torch.Tensor,
     local_expert_offset: int,
     routed_scaling_factor: float,
+    workspace: Workspace,
     block_m: int,
-    num_channel_groups: int,
-) -> Routing:
-    """Select each token's experts and build the row and tile lists.
+) -> None:
+    """Select each token's experts and fill the workspace's lists.
 
     Args:
         routing_logits: [T, 256] float32, T >= 1.
         routing_bias: [256] bfloat16, added for the selection only.
         local_expert_offset: global id of local expert 0; any integer.
         routed_scaling_factor: multiplies the normalised weights.
-        block_m: rows of a tile, a power of two.
-        num_channel_groups: groups of 128 channels of the intermediate.
+        workspace: allocated for T tokens and tiles of block_m rows, a power of two.
     """
     num_tokens = routing_logits.shape[0]
     device = routing_logits.device
-    block_t = 64 if num_tokens <= 64 else 128
-    num_blocks = -(-num_tokens // block_t)
-    num_tiles_bound = max_tiles(num_tokens, block_m)
-
-    topk_slots = num_tokens * TOP_K
-    # One allocation for all lists; each starts at a multiple of 16 bytes because every size is a multiple of 4.
-    lists = (topk_slots, topk_slots, topk_slots, topk_slots, num_blocks * NUM_LOCAL_EXPERTS,
-             num_tiles_bound, num_tiles_bound, num_tiles_bound, num_tiles_bound * (num_channel_groups + 1), 4, 4)
-    (
-        topk_ids, topk_weights, token_rows, row_tokens, block_counts,
-        tile_experts, tile_starts, tile_ends, arrivals, num_tiles, ticket,
-    ) = torch.empty(sum(lists), dtype=torch.int32, device=device).split(lists)
-    routing = Routing(
-        topk_weights=topk_weights.view(torch.float32).view(num_tokens, TOP_K),
-        token_rows=token_rows.view(num_tokens, TOP_K),
-        row_tokens=row_tokens,
-        tile_experts=tile_experts,
-        tile_starts=tile_starts,
-        tile_ends=tile_ends,
-        num_tiles=num_tiles[:1],
-        arrivals=arrivals.view(num_tiles_bound, num_channel_groups + 1),
-        ticket=ticket[:1],
-    )
+    ws = workspace
+    block_t = token_block(num_tokens)
+    num_blocks, counters = ws.block_counts.shape[0], ws.arrivals.shape[1]
     # Offsets beyond these leave no expert local either, and they fit the kernel's int32.
     offset = max(-NUM_LOCAL_EXPERTS, min(int(local_expert_offset), NUM_EXPERTS))
     launch(
         device, _top_k_kernel, (num_tokens, 1),
-        routing_logits, routing_bias, topk_ids, routing.topk_weights, offset, float(routed_scaling_factor),
+        routing_logits, routing_bias, ws.topk_ids, ws.topk_weights, offset, float(routed_scaling_factor),
         E=NUM_LOCAL_EXPERTS, TOP_K=TOP_K, EXPERTS=NUM_EXPERTS, GROUPS=NUM_GROUPS, TOP_GROUPS=TOP_GROUPS, num_warps=1,
     )
     if num_blocks > 1:
-        launch(device, _count_kernel, (num_blocks, 1), topk_ids, block_counts, num_tokens,
+        launch(device, _count_kernel, (num_blocks, 1), ws.topk_ids, ws.block_counts, num_tokens,
                E=NUM_LOCAL_EXPERTS, TOP_K=TOP_K, BLOCK_T=block_t, num_warps=8)
     launch(
         device, _lists_kernel, (num_blocks, 1),
-        topk_ids, block_counts, token_rows, row_tokens,
-        tile_experts, tile_starts, tile_ends, num_tiles, ticket, arrivals, num_tokens, num_blocks,
-        E=NUM_LOCAL_EXPERTS, TOP_K=TOP_K, COUNTERS=num_channel_groups + 1, BLOCK_M=block_m, BLOCK_T=block_t,
+        ws.topk_ids, ws.block_counts, ws.token_rows, ws.row_tokens, ws.tile_experts, ws.tile_starts, ws.tile_ends,
+        ws.num_tiles, ws.ticket, ws.arrivals, num_tokens, num_blocks,
+        E=NUM_LOCAL_EXPERTS, TOP_K=TOP_K, COUNTERS=counters, BLOCK_M=block_m, BLOCK_T=block_t,
         ONE_BLOCK=num_blocks == 1, num_warps=8,
     )
-    return routing
-
-
-def _multiple_of_4(size: int) -> int:
-    return -(-size // 4) * 4
 
 
 @triton.jit
