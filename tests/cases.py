@@ -142,7 +142,8 @@ def workspace(ids: torch.Tensor, weights: torch.Tensor, hidden_size: int, interm
               config: tuning.Config, device: torch.device) -> Workspace:
     """Scratch that holds the lists of local_ids [T, 8] and weights [T, 8], and otherwise what torch.empty gives."""
     ws = allocate(len(ids), hidden_size, intermediate_size, config, device)
-    lists = reference.routing_lists(ids.to(device), weights.to(device), config.block_m, intermediate_size // SCALE_BLOCK)
+    groups = intermediate_size // SCALE_BLOCK
+    lists = reference.routing_lists(ids.to(device), weights.to(device), config.block_m, groups)
     for field in fields(lists):
         getattr(ws, field.name).copy_(getattr(lists, field.name))
     return ws

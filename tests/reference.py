@@ -13,8 +13,8 @@ from solution.triton.workspace import Workspace, max_tiles
 # Error of a product of scaled 128-wide blocks, relative to the sum of its terms' magnitudes. In float32 each of 128
 # additions and of K / 128 promotions (56 at most) rounds by 2^-24: 184 * 2^-24 < 2^-16. Hopper's float8 tensor cores
 # align the 32 terms of an instruction, and the running sum, to the largest and cut them after 13 bits; a cut of 2^-13
-# of the largest for each of 33 addends in 4 instructions would be 2^-6, if the largest were the sum. It is a part of it,
-# and cuts add up like a random walk: sqrt(132) * 2^-13 is below 2^-9. Seen on an H100: a little over 2^-11.
+# of the largest for each of 33 addends in 4 instructions would be 2^-6, if the largest were the sum. It is a part of
+# it, and cuts add up like a random walk: sqrt(132) * 2^-13 is below 2^-9. Seen on an H100: a little over 2^-11.
 PRODUCT_ERROR = 2**-16 if INTERPRETED else 2**-9
 # Half a unit in the last place of a normal number, relative to it, and of a subnormal one, absolute.
 HALF_ULP = {torch.float16: (2**-11, 2**-25), torch.float8_e4m3fn: (2**-4, 2**-10)}
