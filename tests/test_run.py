@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-import triton
-import triton.language as tl
 
 from scripts.accuracy import TIERS, matched_ratios
 from scripts.pack import load_definition
@@ -255,41 +252,6 @@ def test_cuda_graph(reduced, reduced_weights, monkeypatch, config):
     output.fill_(float("nan"))
     graph.replay()
     assert torch.equal(cases.signature(output), cases.signature(call(inputs)))
-
-
-@triton.jit
-def _hold_kernel(flag_ptr):
-    """Grid (programs,): stay resident until the flag is set."""
-    while tl.atomic_add(flag_ptr, 0, sem="acquire", scope="sys") == 0:
-        pass
-
-
-@needs_gpu
-@pytest.mark.parametrize("num_tokens", [1, 80])
-def test_beside_a_kernel_that_holds_half_of_the_gpu(full_weights, num_tokens):
-    """The fused GEMMs' waits end while another kernel keeps half of every multiprocessor, and with it half of the
-    programs out. (One with more programs than fit would keep every later kernel from starting at all.)"""
-    inputs = arguments(num_tokens, full_weights)
-    expected = call(inputs)
-    output, flag = torch.empty_like(expected), torch.zeros(1, dtype=torch.int32, device=expected.device)
-    release = torch.ones(1, dtype=torch.int32).pin_memory()
-    sms = torch.cuda.get_device_properties(flag.device).multi_processor_count
-    holding, running, done = torch.cuda.Stream(), torch.cuda.Stream(), torch.cuda.Event()
-    torch.cuda.synchronize()
-    with torch.cuda.stream(holding):
-        _hold_kernel[(sms,)](flag, num_warps=32)  # two such programs would fill a multiprocessor
-    with torch.cuda.stream(running):
-        run(**inputs, output=output)
-        done.record()
-    deadline = time.monotonic() + 5
-    while not done.query() and time.monotonic() < deadline:
-        time.sleep(0.001)
-    finished_beside = done.query() and not holding.query()
-    with torch.cuda.stream(torch.cuda.Stream()):
-        flag.copy_(release, non_blocking=True)  # by a copy engine, which needs no multiprocessor
-    torch.cuda.synchronize()
-    assert finished_beside, "run() had to wait until the other kernel was over"
-    assert torch.equal(cases.signature(output), cases.signature(expected))
 
 
 @needs_gpu
