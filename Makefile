@@ -19,7 +19,7 @@ ENVIRONMENT := $(VENV)/.installed
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help run test pack dataset clean
+.PHONY: help run test pack dataset readme clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-10s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,10 @@ pack: $(ENVIRONMENT) ## write solution.json from config.toml and solution/triton
 
 dataset: $(ENVIRONMENT) ## write a flashinfer-bench data set with the 19 published workloads to build/dataset
 	$(PY) -m scripts.dataset build/dataset
+
+readme: $(ENVIRONMENT) ## write the recorded results into README.md and draw them
+	$(PY) -m scripts.readme
+	$(PY) -m scripts.plot
 
 clean: ## remove build outputs and caches; the environment stays
 	rm -rf build .pytest_cache .hypothesis
