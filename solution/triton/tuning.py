@@ -44,8 +44,9 @@ class Config:
 
 
 # Keyed by the major compute capability. Hopper's rows were measured (H100 80GB HBM3, 2026-11-22):
-# - Fused GEMMs gain 3.5% on average at T <= 80, at 128 registers so that four programs share a multiprocessor (three:
-#   2% slower; 96 registers spill); the prefetch 2 us of it. Fused with 32 rows a tile they lose at T >= 384.
+# - Fused GEMMs gain 3.5% on average at T <= 80, the prefetch 2 us of it, at 128 registers, so that four programs share
+#   a multiprocessor: three are 2% slower at T >= 16, but 8% faster at T = 15 (9 experts); 96 registers are 10% slower.
+#   With 32 rows a tile, fused loses at T >= 384.
 # - float16 against float8 costs 3% at T = 1024 and 8% at T = 1536: that is the border.
 # - 64 against 128 rows: 662 and 725 us at T = 1536, 748 and 725 at 2048.
 TABLES = {
