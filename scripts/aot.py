@@ -24,6 +24,7 @@ from rich.progress import track
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
 from solution.triton import contract, tuning
@@ -84,7 +85,8 @@ def compile_launch(launch: Launch, capability: int) -> Resources:
         p.name: "constexpr" if p.is_constexpr else mangle_type(launch.arguments[p.name]) for p in params
     }
     attrs = {(i,): [["tt.divisibility", 16]] for i, p in enumerate(params) if signature[p.name].startswith("*")}
-    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constexprs, attrs=attrs)
+    source_type = GluonASTSource if launch.kernel.is_gluon() else ASTSource
+    source = source_type(fn=launch.kernel, signature=signature, constexprs=constexprs, attrs=attrs)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
     ptx = compiled.asm["ptx"]
     log = _ptxas(ptx, capability)

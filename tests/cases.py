@@ -21,21 +21,23 @@ def _configs() -> list[tuning.Config]:
     """Rows of the tables that differ in more than their regime: all in the interpreter, the GPU's own on a GPU."""
     majors = tuning.TABLES if contract.INTERPRETED else [torch.cuda.get_device_capability()[0]]
     rows = [row for major in majors for row in tuning.TABLES[major]]
+    if contract.INTERPRETED:
+        rows = [row for row in rows if row.kernels != "hopper"]  # Gluon does not run there
     return list({replace(row, max_tokens=0): replace(row, num_sms=NUM_SMS) for row in rows}.values())
 
 
 CONFIGS = _configs()
 STREAMING = next(config for config in CONFIGS if config.streaming)
-TILED = next(config for config in CONFIGS if not config.streaming)
+TILED = next(config for config in CONFIGS if not config.streaming)  # on Hopper the warp-specialised one
 
-# A reduced geometry that every config's tiles and unrolled loops divide, with H and I different.
-H = 384 * math.lcm(*(config.gemm1.unroll for config in CONFIGS))
+# A reduced geometry that every config's tiles and unrolled loops divide, with H and I different. A row of scales is a
+# multiple of 16 bytes, as TMA wants it, and so are 512 values.
+H = 512 * math.lcm(*(config.gemm1.unroll for config in CONFIGS))
 I = 256 * math.lcm(*(config.gemm2.unroll for config in CONFIGS))
 
 
 def config_id(config: tuning.Config) -> str:
-    kind = "streaming" if config.streaming else "tiled"
-    return f"{kind}-{config.block_m}x{config.gemm1.block_n}x{config.gemm2.block_n}-T{config.max_tokens}"
+    return f"{config.kernels}-{config.block_m}x{config.gemm1.block_n}x{config.gemm2.block_n}-T{config.max_tokens}"
 
 
 def reduced_tensors() -> dict[str, tuple[tuple, torch.dtype]]:
@@ -128,6 +130,7 @@ def distributions(block_m: int) -> dict[str, torch.Tensor]:
     """local_ids of the regimes that a grouped GEMM meets."""
     return {
         "tile boundaries": assigned({0: 1, 3: block_m - 1, 4: block_m, 31: block_m + 1}, block_m + 5),
+        "half tiles": assigned({1: block_m // 2, 2: block_m // 2 + 1, 30: block_m + block_m // 2}, 2 * block_m),
         "one hot expert": assigned({7: 2 * block_m + 3}, 2 * block_m + 3),
         "many experts": assigned({e: 1 + e % 3 for e in range(0, NUM_LOCAL_EXPERTS, 2)}, 13),
         "one token": assigned({e: 1 for e in range(24, 32)}, 1),
@@ -143,26 +146,28 @@ def workspace(ids: torch.Tensor, weights: torch.Tensor, hidden_size: int, interm
     """Scratch that holds the lists of local_ids [T, 8] and weights [T, 8], and otherwise what torch.empty gives."""
     ws = allocate(len(ids), hidden_size, intermediate_size, config, device)
     groups = intermediate_size // SCALE_BLOCK
-    lists = reference.routing_lists(ids.to(device), weights.to(device), config.block_m, groups)
+    lists = reference.routing_lists(ids.to(device), weights.to(device), config, groups)
     for field in fields(lists):
         getattr(ws, field.name).copy_(getattr(lists, field.name))
     return ws
 
 
-def fill_intermediate(ws: Workspace, num_rows: int) -> None:
-    """What GEMM1 may leave for `num_rows` rows: scaled values up to the format's largest, NaN in the rows past them."""
+def fill_intermediate(ws: Workspace) -> None:
+    """What GEMM1 may leave for the rows in use: scaled values up to the format's largest, NaN in the others."""
     generator = torch.Generator().manual_seed(9)
     shape = ws.intermediate.shape
+    unused = torch.ones(shape[0], dtype=torch.bool)
+    unused[reference.used_rows(ws).cpu()] = False
     if ws.intermediate.dtype == torch.float16:
         values = ((torch.rand(shape, generator=generator) * 2 - 1) * 32768).half()
-        values[num_rows:] = float("nan")
+        values[unused] = float("nan")
     else:
         codes = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
         codes[codes & 0x7F == 0x7F] = 0x7E
-        codes[num_rows:] = 0x7F
+        codes[unused] = 0x7F
         values = codes.view(torch.float8_e4m3fn)
     scale = random_scales(10, *ws.intermediate_scale.shape).abs()
-    scale[:, num_rows:] = float("nan")
+    scale[:, unused] = float("nan")
     ws.intermediate.copy_(values)
     ws.intermediate_scale.copy_(scale)
 

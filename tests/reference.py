@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from solution.triton.contract import INTERPRETED, NUM_GROUPS, NUM_LOCAL_EXPERTS, SCALE_BLOCK, TOP_GROUPS, TOP_K
-from solution.triton.workspace import Workspace, max_tiles
+from solution.triton.tuning import Config
+from solution.triton.workspace import Workspace, max_rows, max_tiles
 
 # Error of a product of scaled 128-wide blocks, relative to the sum of its terms' magnitudes. In float32 each of 128
 # additions and of K / 128 promotions (56 at most) rounds by 2^-24: 184 * 2^-24 < 2^-16. Hopper's float8 tensor cores
@@ -92,28 +93,31 @@ class Lists:
     tile_ends: torch.Tensor
     num_tiles: torch.Tensor
     arrivals: torch.Tensor
-    ticket: torch.Tensor
+    tickets: torch.Tensor
 
 
-def routing_lists(ids: torch.Tensor, weights: torch.Tensor, block_m: int, num_channel_groups: int) -> Lists:
+def routing_lists(ids: torch.Tensor, weights: torch.Tensor, config: Config, num_channel_groups: int) -> Lists:
     """The lists of local expert ids [T, 8] (-1 = none) and weights [T, 8]; 5 in what a kernel must not rely on."""
     num_tokens, device = len(ids), ids.device
     tokens, slots = (ids >= 0).nonzero(as_tuple=True)
     experts = ids[tokens, slots]
     order = (experts * num_tokens + tokens).argsort()
+    counts = experts.bincount(minlength=NUM_LOCAL_EXPERTS)
+    aligned = -(-counts // config.row_alignment) * config.row_alignment
+    starts = aligned.cumsum(0) - aligned
+    gaps = starts - (counts.cumsum(0) - counts)  # before each expert's rows, compared with rows side by side
+    rows = torch.arange(len(order), device=device) + gaps[experts[order]]
     token_rows = torch.full_like(ids, -1)
-    token_rows[tokens[order], slots[order]] = torch.arange(len(order), device=device)
-    row_tokens = torch.full((num_tokens * TOP_K,), 5, device=device)
-    row_tokens[: len(order)] = tokens[order]
+    token_rows[tokens[order], slots[order]] = rows
+    row_tokens = torch.full((max_rows(num_tokens, config.row_alignment),), 5, device=device)
+    row_tokens[rows] = tokens[order]
 
-    ends = experts.bincount(minlength=NUM_LOCAL_EXPERTS).cumsum(0).tolist()
-    starts = [0, *ends[:-1]]
     tiles = [
-        (expert, first, min(first + block_m, end))
-        for expert, (start, end) in enumerate(zip(starts, ends))
-        for first in range(start, end, block_m)
+        (expert, first, min(first + config.block_m, start + count))
+        for expert, (start, count) in enumerate(zip(starts.tolist(), counts.tolist()))
+        for first in range(start, start + count, config.block_m)
     ]
-    padding = max_tiles(num_tokens, block_m) - len(tiles)
+    padding = max_tiles(num_tokens, config.block_m) - len(tiles)
     padded = torch.tensor(tiles + [(5, 5, 5)] * padding, dtype=torch.int32)
     tile_experts, tile_starts, tile_ends = (column.to(device, copy=True) for column in padded.T.contiguous())
     arrivals = torch.full((len(tiles) + padding, num_channel_groups + 1), 5, dtype=torch.int32, device=device)
@@ -127,12 +131,17 @@ def routing_lists(ids: torch.Tensor, weights: torch.Tensor, block_m: int, num_ch
         tile_ends=tile_ends,
         num_tiles=torch.tensor([len(tiles)], dtype=torch.int32, device=device),
         arrivals=arrivals,
-        ticket=torch.zeros(1, dtype=torch.int32, device=device),
+        tickets=torch.zeros(2, dtype=torch.int32, device=device),
     )
 
 
+def used_rows(routing: Lists | Workspace) -> torch.Tensor:
+    """[rows] int64: the rows in use, ascending: all before the last one, but for gaps where experts are aligned."""
+    return routing.token_rows[routing.token_rows >= 0].long().sort().values
+
+
 def row_experts(routing: Lists | Workspace) -> torch.Tensor:
-    """[rows] int64: the local expert of every row, read off the tiles."""
+    """[rows] int64: the local expert of every row in use, ascending, read off the tiles."""
     num_tiles = int(routing.num_tiles)
     rows_per_tile = (routing.tile_ends - routing.tile_starts)[:num_tiles]
     return routing.tile_experts[:num_tiles].long().repeat_interleave(rows_per_tile)
@@ -185,10 +194,18 @@ def gemm1_swiglu(
 
 
 def gemm2(
-    values: torch.Tensor, scale: torch.Tensor, weights: torch.Tensor, weights_scale: torch.Tensor, experts: torch.Tensor
+    values: torch.Tensor,
+    scale: torch.Tensor,
+    weights: torch.Tensor,
+    weights_scale: torch.Tensor,
+    experts: torch.Tensor,
+    dtype: torch.dtype,
 ) -> Expected:
-    """The down projection of an intermediate [R, I] and its scale [I / 128, R]."""
-    return grouped_product(dequantised(values, scale.T, 1), experts, weights, weights_scale)
+    """The down projection of an intermediate [R, I] and its scale [I / 128, R], rounded to `dtype`."""
+    product = grouped_product(dequantised(values, scale.T, 1), experts, weights, weights_scale)
+    if dtype == torch.float32:
+        return product
+    return Expected(product.value, product.bound + 2**-8 * (product.value.abs() + product.bound))
 
 
 def finalize(expert_rows: torch.Tensor, topk_weights: torch.Tensor, token_rows: torch.Tensor) -> Expected:

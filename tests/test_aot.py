@@ -32,8 +32,11 @@ def test_every_stage_of_every_config(compiled):
     capability, records = compiled
     for row in tuning.TABLES[capability // 10]:
         kernels = {record["kernel"] for record in records if record["num_tokens"] == row.max_tokens}
-        kind = "_streaming_kernel" if row.streaming else "_tiled_kernel"
-        gemms = {"fused_gemms._fused_kernel"} if row.fusion else {f"gemm1_swiglu.{kind}", f"gemm2.{kind}"}
+        gemms = {f"gemm1_swiglu._{row.kernels}_kernel", f"gemm2._{row.kernels}_kernel"}
+        if row.fusion:
+            gemms = {"fused_gemms._fused_kernel"}
+        if row.kernels == "hopper":
+            gemms = {"hopper_gemm1._gemm1_kernel", "hopper_gemm2._gemm2_kernel"}
         later = {kernel for kernel in kernels if not kernel.startswith("routing.")}
         assert later == {"finalize._finalize_kernel", *gemms}
         assert {"routing._top_k_kernel", "routing._lists_kernel"} <= kernels

@@ -173,7 +173,7 @@ def test_gpu_generation(monkeypatch, major, supported):
 def test_cpu_needs_the_interpreter(monkeypatch):
     """Compiled kernels cannot run on a CPU; in the interpreter it stands in for one Hopper SM."""
     monkeypatch.setattr(contract, "INTERPRETED", True)
-    assert gpu_properties(torch.device("cpu")) == (1, (9, 0))
+    assert gpu_properties(torch.device("cpu")) == (1, (10, 0))
     monkeypatch.setattr(contract, "INTERPRETED", False)
     with pytest.raises(RuntimeError, match="^tensors are on cpu: "):
         gpu_properties(torch.device("cpu"))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from solution.triton.contract import SCALE_BLOCK
 from solution.triton.finalize import finalize
+from solution.triton.tuning import Config
 from tests import cases, reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -15,14 +18,18 @@ pytestmark = pytest.mark.usefixtures("poisoned_empty")
 HIDDEN_SIZES = [128, 1152, 7168]
 
 
-def finalized(ids: torch.Tensor, hidden_size: int, device: torch.device):
-    """finalize's output for the rows of local ids, with its inputs; rows past the last hold NaN."""
+# The formats of expert_rows, and rows side by side or with gaps.
+CONFIGS = [cases.STREAMING, replace(cases.STREAMING, kernels="hopper")]
+
+
+def finalized(ids: torch.Tensor, hidden_size: int, device: torch.device, config: Config = CONFIGS[0]):
+    """finalize's output for the rows of local ids, with its inputs; unused rows hold NaN."""
     generator = torch.Generator().manual_seed(11)
     weights = torch.rand(ids.shape, generator=generator)
-    ws = cases.workspace(ids, weights, hidden_size, SCALE_BLOCK, cases.STREAMING, device)
-    num_rows = int((ids >= 0).sum())
-    ws.expert_rows[:num_rows] = (torch.randn(num_rows, hidden_size, generator=generator) * 1e5).to(device)
-    ws.expert_rows[num_rows:] = float("nan")
+    ws = cases.workspace(ids, weights, hidden_size, SCALE_BLOCK, config, device)
+    rows = reference.used_rows(ws)
+    ws.expert_rows.fill_(float("nan"))
+    ws.expert_rows[rows] = (torch.randn(len(rows), hidden_size, generator=generator) * 1e5).to(ws.expert_rows)
     output = torch.empty(len(ids), hidden_size, dtype=torch.bfloat16, device=device)
     finalize(ws, output)
     return output, ws
@@ -30,9 +37,10 @@ def finalized(ids: torch.Tensor, hidden_size: int, device: torch.device):
 
 @pytest.mark.parametrize("hidden_size", HIDDEN_SIZES)
 @pytest.mark.parametrize("name", cases.DISTRIBUTIONS)
-def test_weighted_sum(device, name, hidden_size):
+@pytest.mark.parametrize("config", CONFIGS, ids=cases.config_id)
+def test_weighted_sum(device, config, name, hidden_size):
     """Every element is the sum of exactly the token's rows, whatever was in output and in unused rows."""
-    output, ws = finalized(cases.distributions(16)[name], hidden_size, device)
+    output, ws = finalized(cases.distributions(16)[name], hidden_size, device, config)
     reference.assert_within(output, reference.finalize(ws.expert_rows, ws.topk_weights, ws.token_rows))
 
 

@@ -9,7 +9,8 @@ import torch
 
 from solution.triton import routing as stage
 from solution.triton.contract import INTERPRETED, NUM_EXPERTS, NUM_LOCAL_EXPERTS, SCALE_BLOCK, TOP_K
-from solution.triton.workspace import Workspace, allocate, max_tiles
+from solution.triton.tuning import Config
+from solution.triton.workspace import Workspace, allocate, max_rows, max_tiles
 from tests import cases, reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -22,26 +23,31 @@ DRAW_TOKENS = 400 if INTERPRETED else 20_000  # a token takes 10 ms in the inter
 OFFSETS = [0, 17, 224, 250, -8, -32, 256, 2**40, -(2**40)]
 
 
+def config_of(block_m: int) -> Config:
+    """Tiles of 128 rows are the Hopper kernels', whose experts are aligned."""
+    return replace(cases.STREAMING, block_m=block_m, kernels="hopper" if block_m == 128 else "streaming")
+
+
 def route(logits: torch.Tensor, bias: torch.Tensor, offset: int, block_m: int) -> Workspace:
     """The workspace after a call."""
-    config = replace(cases.STREAMING, block_m=block_m)
+    config = config_of(block_m)
     ws = allocate(len(logits), SCALE_BLOCK, NUM_CHANNEL_GROUPS * SCALE_BLOCK, config, logits.device)
-    stage.route(logits, bias, offset, FACTOR, ws, block_m)
+    stage.route(logits, bias, offset, FACTOR, ws, block_m, config.row_alignment)
     return ws
 
 
 def check(routing: Workspace, logits: torch.Tensor, bias: torch.Tensor, offset: int, block_m: int) -> None:
     """Routing's every field against the reference's. In float32, sigmoids, sum, division and scaling cost 2^-19."""
     experts, weights = reference.route(logits, bias, FACTOR)
-    expected = reference.routing_lists(reference.local_ids(experts, offset), weights, block_m, NUM_CHANNEL_GROUPS)
-    num_rows, num_tiles = int((expected.token_rows >= 0).sum()), int(expected.num_tiles)
+    expected = reference.routing_lists(reference.local_ids(experts, offset), weights, config_of(block_m), NUM_CHANNEL_GROUPS)
+    rows, num_tiles = reference.used_rows(expected), int(expected.num_tiles)
     assert int(routing.num_tiles) == num_tiles <= routing.max_tiles == max_tiles(len(logits), block_m)
     assert torch.equal(routing.token_rows, expected.token_rows)
-    assert torch.equal(routing.row_tokens[:num_rows], expected.row_tokens[:num_rows])
+    assert torch.equal(routing.row_tokens[rows], expected.row_tokens[rows])
     for name in ("tile_experts", "tile_starts", "tile_ends"):
         assert torch.equal(getattr(routing, name)[:num_tiles], getattr(expected, name)[:num_tiles]), name
     assert (routing.arrivals[:num_tiles] == 0).all() and routing.arrivals.shape[1] == NUM_CHANNEL_GROUPS + 1
-    assert int(routing.ticket) == 0
+    assert (routing.tickets == 0).all() and len(routing.tickets) == 2
     reference.assert_within(routing.topk_weights, reference.Expected(weights, weights * 2**-19 + 1e-30))
 
 
@@ -51,15 +57,18 @@ def check_invariants(routing: Workspace, block_m: int) -> None:
     experts, starts, ends = (
         getattr(routing, name)[:num_tiles].long() for name in ("tile_experts", "tile_starts", "tile_ends")
     )
-    num_rows = int((routing.token_rows >= 0).sum())
+    used = reference.used_rows(routing)
     rows = torch.cat([torch.arange(a, b) for a, b in zip(starts.tolist(), ends.tolist())] or [torch.arange(0)])
-    assert torch.equal(rows, torch.arange(num_rows)), "tiles hold every row once"
+    assert torch.equal(rows, used.cpu()), "tiles hold every row once"
+    first_of_expert = experts.diff(prepend=experts.new_tensor([-1])) != 0
+    assert (starts[first_of_expert] % config_of(block_m).row_alignment == 0).all()
+    assert (ends <= routing.max_rows).all()
     assert ((ends - starts >= 1) & (ends - starts <= block_m)).all()
     assert (experts.diff() >= 0).all() and ((experts >= 0) & (experts < NUM_LOCAL_EXPERTS)).all()
-    keys = reference.row_experts(routing) * len(routing.token_rows) + routing.row_tokens[:num_rows]
+    keys = reference.row_experts(routing) * len(routing.token_rows) + routing.row_tokens[used]
     assert (keys.diff() > 0).all(), "rows are sorted by expert, then by token"
     placed = routing.token_rows[routing.token_rows >= 0].long()
-    assert torch.equal(placed.sort().values, torch.arange(num_rows, device=placed.device)), "each row has one slot"
+    assert len(placed.unique()) == len(placed), "each row has one slot"
     tokens = (routing.token_rows >= 0).nonzero()[:, 0]
     assert torch.equal(routing.row_tokens[placed].long(), tokens), "a token's rows are its own"
 
@@ -101,9 +110,10 @@ def test_number_of_tokens(device, num_tokens):
     """Blocks of tokens that are full, one short and one over, tied throughout; rows of most tokens are local."""
     inputs = draw("tied and biased", num_tokens, device)
     inputs["routing_bias"][64:96] += 0.25
-    routing = route(*inputs.values(), 64, 64)
-    check(routing, *inputs.values(), 64, 64)
-    check_invariants(routing, 64)
+    for block_m in (64, 128):
+        routing = route(*inputs.values(), 64, block_m)
+        check(routing, *inputs.values(), 64, block_m)
+        check_invariants(routing, block_m)
 
 
 @pytest.mark.parametrize("offset", OFFSETS)
@@ -148,6 +158,17 @@ def test_bound_on_tiles(block_m):
         assert active + min(rest // block_m, room) <= max_tiles(num_tokens, block_m) <= rows
 
 
+@pytest.mark.parametrize("num_tokens", [1, 3, 4, 5, 100, 65_536])
+def test_bound_on_rows(num_tokens):
+    """No distribution of rows needs more than are allocated: tried is one row on all experts but one."""
+    slots = num_tokens * TOP_K
+    counts = torch.ones(min(NUM_LOCAL_EXPERTS, slots), dtype=torch.long)
+    counts[0] += slots - len(counts)
+    assert max_rows(num_tokens, 1) == slots
+    bound = max_rows(num_tokens, 64)
+    assert int((-(-counts // 64) * 64).sum()) <= bound <= slots + 63 * NUM_LOCAL_EXPERTS and bound % 64 == 0
+
+
 def test_excluded_experts(device):
     """A bias of -inf excludes an expert as long as eight others are left in the kept groups."""
     inputs = draw("random", 50, device)
@@ -166,7 +187,8 @@ def chosen_experts(logits: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         check_invariants(routing, 16)
         here = routing.token_rows >= 0
         assert (chosen[here] == -1).all(), "a slot belongs to one rank"
-        chosen[here] = reference.row_experts(routing)[routing.token_rows[here].long()] + offset
+        position = torch.searchsorted(reference.used_rows(routing), routing.token_rows[here].long())
+        chosen[here] = reference.row_experts(routing)[position] + offset
     return chosen
 
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_empty")
 needs_gpu = pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
 
 FACTOR = 2.5
-MAJOR = 9 if INTERPRETED else torch.cuda.get_device_capability()[0]
+MAJOR = 10 if INTERPRETED else torch.cuda.get_device_capability()[0]
 # The first and last T of every regime; in the interpreter not the ones that take minutes.
 BOUNDARIES = [T for row in tuning.TABLES[MAJOR] for T in (row.max_tokens, row.max_tokens + 1)][:-1]
 TOKENS = [1, 2, *(T for T in BOUNDARIES if T <= (300 if INTERPRETED else contract.MAX_TOKENS))]

@@ -78,13 +78,14 @@ def _check_number(name: str, value: object, kind: type, expected: str) -> None:
 
 
 def gpu_properties(device: torch.device) -> tuple[int, tuple[int, int]]:
-    """Return (SM count, compute capability) of a supported device; the interpreter stands in for one Hopper SM.
+    """Return (SM count, compute capability) of a supported device; the interpreter stands in for one
+    Blackwell SM, whose table has no Gluon kernels: those the interpreter cannot run.
 
     Raises:
         RuntimeError: the device is not supported.
     """
     if device.type == "cpu" and INTERPRETED:
-        return 1, (9, 0)
+        return 1, (10, 0)
     supported = " or ".join(SUPPORTED_GPUS.values())
     if device.type != "cuda":
         raise RuntimeError(f"tensors are on {device}: this solution runs on an NVIDIA {supported} GPU, "

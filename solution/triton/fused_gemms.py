@@ -47,7 +47,7 @@ def fused_gemms(
         hidden_states, hidden_states_scale, gemm1_weights, gemm1_weights_scale, gemm2_weights, gemm2_weights_scale,
         ws.row_tokens, ws.tile_experts, ws.tile_starts, ws.tile_ends, ws.num_tiles,
         ws.intermediate, ws.intermediate_scale, ws.expert_rows, num_tokens, ws.max_rows,
-        ws.parts, ws.arrivals, ws.ticket,
+        ws.parts, ws.arrivals, ws.tickets,
         H=hidden_size, I=intermediate_size, BLOCK_M=config.block_m,
         BLOCK_N1=gemm1.block_n, NUM_STAGES1=gemm1.num_stages, UNROLL1=gemm1.unroll,
         BLOCK_N2=gemm2.block_n, NUM_STAGES2=gemm2.num_stages, UNROLL2=gemm2.unroll,
@@ -76,7 +76,7 @@ def _fused_kernel(
     R,
     parts_ptr,  # scratch [R, I] float32
     arrivals_ptr,  # [tiles, I / 128 + 1] int32, zeros at the start
-    ticket_ptr,  # [1] int32, zero at the start
+    tickets_ptr,  # [2] int32, the first zero at the start
     H: tl.constexpr,
     I: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -104,7 +104,7 @@ def _fused_kernel(
     num_gemm1 = tl.load(num_tiles_ptr) * N1
     if pid >= num_gemm1 + tl.load(num_tiles_ptr) * N2:
         return
-    ticket = tl.atomic_add(ticket_ptr, 1, sem="relaxed", scope="gpu")
+    ticket = tl.atomic_add(tickets_ptr, 1, sem="relaxed", scope="gpu")
     if ticket < num_gemm1:
         gemm1_streaming_tile(
             ticket // N1, ticket % N1, x_ptr, x_scale_ptr, w1_ptr, w1_scale_ptr, row_tokens_ptr, tile_experts_ptr,

@@ -16,6 +16,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .contract import INTERPRETED
+from .hopper_gemm1 import hopper_gemm1
 from .intermediate import store_channel_group, swiglu
 from .launch import launch, pdl_wait
 from .tuning import Config
@@ -40,6 +41,9 @@ def gemm1_swiglu(
         workspace: lists whose tiles have config.block_m rows.
         config: tile shapes and the intermediate's format.
     """
+    if config.kernels == "hopper":
+        hopper_gemm1(hidden_states, hidden_states_scale, weights, weights_scale, workspace, config)
+        return
     num_tokens, hidden_size = hidden_states.shape
     intermediate_size = weights.shape[1] // 2
     device = hidden_states.device

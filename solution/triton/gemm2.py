@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .hopper_gemm2 import hopper_gemm2
 from .launch import launch, pdl_wait
 from .tuning import Config
 from .workspace import Workspace
@@ -25,6 +26,9 @@ def gemm2(weights: torch.Tensor, weights_scale: torch.Tensor, workspace: Workspa
         workspace: lists whose tiles have config.block_m rows, intermediate in config.intermediate_dtype.
         config: tile shapes.
     """
+    if config.kernels == "hopper":
+        hopper_gemm2(weights, weights_scale, workspace, config)
+        return
     _, hidden_size, intermediate_size = weights.shape
     device = weights.device
     ws, tile = workspace, config.gemm2

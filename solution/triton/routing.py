@@ -1,6 +1,7 @@
 """Routing: DeepSeek-V3's group-limited top-8, and on the device the lists that the GEMMs walk.
 
-A *row* is a pair (token, local expert). Rows are sorted by local expert, then by token; a *tile* is up to BLOCK_M
+A *row* is a pair (token, local expert). Rows are sorted by local expert, then by token, with a gap before an expert
+where its first row has to be aligned; a *tile* is up to BLOCK_M
 neighbouring rows of one expert. Both are built without a host synchronisation: one launch routes the tokens, one counts
 the rows of each block of tokens by expert, one turns the counts into positions. A single block counts for itself.
 """
@@ -23,6 +24,7 @@ def route(
     routed_scaling_factor: float,
     workspace: Workspace,
     block_m: int,
+    row_alignment: int,
 ) -> None:
     """Select each token's experts and fill the workspace's lists.
 
@@ -32,6 +34,7 @@ def route(
         local_expert_offset: global id of local expert 0; any integer.
         routed_scaling_factor: multiplies the normalised weights.
         workspace: allocated for T tokens and tiles of block_m rows, a power of two.
+        row_alignment: each expert's first row is a multiple of this.
     """
     num_tokens = routing_logits.shape[0]
     device = routing_logits.device
@@ -51,9 +54,9 @@ def route(
     launch(
         device, _lists_kernel, (num_blocks, 1),
         ws.topk_ids, ws.block_counts, ws.token_rows, ws.row_tokens, ws.tile_experts, ws.tile_starts, ws.tile_ends,
-        ws.num_tiles, ws.ticket, ws.arrivals, num_tokens, num_blocks,
-        E=NUM_LOCAL_EXPERTS, TOP_K=TOP_K, COUNTERS=counters, BLOCK_M=block_m, BLOCK_T=block_t,
-        ONE_BLOCK=num_blocks == 1, num_warps=8,
+        ws.num_tiles, ws.tickets, ws.arrivals, num_tokens, num_blocks,
+        E=NUM_LOCAL_EXPERTS, TOP_K=TOP_K, COUNTERS=counters, BLOCK_M=block_m, ALIGNMENT=row_alignment,
+        BLOCK_T=block_t, ONE_BLOCK=num_blocks == 1, num_warps=8,
     )
 
 
@@ -157,7 +160,7 @@ def _lists_kernel(
     tile_starts_ptr,  # out [tiles] int32
     tile_ends_ptr,  # out [tiles] int32
     num_tiles_ptr,  # out [1] int32
-    ticket_ptr,  # out [1] int32, zero
+    tickets_ptr,  # out [2] int32, zeros
     arrivals_ptr,  # out [tiles, COUNTERS] int32, zeros
     T,
     num_blocks,
@@ -165,6 +168,7 @@ def _lists_kernel(
     TOP_K: tl.constexpr,
     COUNTERS: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     PDL: tl.constexpr,
@@ -187,7 +191,8 @@ def _lists_kernel(
                              mask=(offs_b < num_blocks)[:, None], other=0)
             total += tl.sum(counts, axis=0)
             before += tl.sum(tl.where((offs_b < pid)[:, None], counts, 0), axis=0)
-    starts = tl.cumsum(total, axis=0) - total
+    aligned = (total + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+    starts = tl.cumsum(aligned, axis=0) - aligned
 
     rows = (starts + before)[None, :] + tl.cumsum(is_row, axis=0) - is_row
     tl.store(row_tokens_ptr + rows, tl.broadcast_to(offs_t[:, None], (BLOCK_T, E)), mask=is_row > 0)
@@ -206,7 +211,7 @@ def _lists_kernel(
         tl.store(tile_ends_ptr + first_tiles + i, tl.minimum(tile_start + BLOCK_M, starts + total), mask=i < tiles)
     if pid == 0:
         tl.store(num_tiles_ptr, num_tiles)
-        tl.store(ticket_ptr, 0)
+        tl.store(tickets_ptr + tl.arange(0, 2), 0)
     CHUNK: tl.constexpr = 512
     for first in range(pid * CHUNK, num_tiles * COUNTERS, num_blocks * CHUNK):
         offs = first + tl.arange(0, CHUNK)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
@@ -16,6 +17,7 @@ class Tile:
     num_warps: int
     num_stages: int
     unroll: int = 1  # K blocks of 128 in an iteration (streaming kernels)
+    group: int = 8  # tiles that share a column before the next one (Hopper kernels)
 
 
 @dataclass(frozen=True)
@@ -32,15 +34,28 @@ class Config:
 
     max_tokens: int  # the regime's last T
     block_m: int  # rows of a tile, in both GEMMs
-    streaming: bool  # weights on the M side and a float16 intermediate; otherwise rows, and float8
+    kernels: Literal["streaming", "tiled", "hopper"]  # weights on the M side; rows; rows, warp-specialised
     gemm1: Tile
     gemm2: Tile
     fusion: Fusion | None = None  # both GEMMs in one grid (streaming only)
     num_sms: int = 1
 
     @property
+    def streaming(self) -> bool:
+        return self.kernels == "streaming"
+
+    @property
+    def row_alignment(self) -> int:
+        """Each expert's first row is a multiple of this: the Hopper kernels store whole boxes of 64 rows."""
+        return 64 if self.kernels == "hopper" else 1
+
+    @property
     def intermediate_dtype(self) -> torch.dtype:
         return torch.float16 if self.streaming else torch.float8_e4m3fn
+
+    @property
+    def expert_rows_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.kernels == "hopper" else torch.float32
 
 
 # Keyed by the major compute capability. Hopper's rows were measured (H100 80GB HBM3, 2026-11-22):
@@ -51,16 +66,15 @@ class Config:
 # - 64 against 128 rows: 662 and 725 us at T = 1536, 748 and 725 at 2048.
 TABLES = {
     9: (
-        Config(256, 16, True, Tile(32, 4, 2, unroll=2), Tile(64, 4, 2, unroll=2), Fusion(128, 4)),
-        Config(1024, 32, True, Tile(32, 4, 2, unroll=2), Tile(128, 4, 3)),
-        Config(1536, 64, False, Tile(128, 8, 4), Tile(128, 4, 6)),
-        Config(65_536, 128, False, Tile(128, 8, 4), Tile(128, 8, 5)),
+        Config(256, 16, "streaming", Tile(32, 4, 2, unroll=2), Tile(64, 4, 2, unroll=2), Fusion(128, 4)),
+        Config(1024, 32, "streaming", Tile(32, 4, 2, unroll=2), Tile(128, 4, 3)),
+        Config(65_536, 128, "hopper", Tile(128, 4, 4), Tile(256, 4, 4)),
     ),
     # Not measured: Hopper's rows, with a tiled GEMM1 that does not spill there.
     10: (
-        Config(256, 16, True, Tile(32, 4, 2, unroll=2), Tile(64, 4, 2, unroll=2), Fusion(128, 4)),
-        Config(1024, 32, True, Tile(32, 4, 2, unroll=2), Tile(128, 4, 3)),
-        Config(65_536, 64, False, Tile(128, 8, 4), Tile(128, 4, 6)),
+        Config(256, 16, "streaming", Tile(32, 4, 2, unroll=2), Tile(64, 4, 2, unroll=2), Fusion(128, 4)),
+        Config(1024, 32, "streaming", Tile(32, 4, 2, unroll=2), Tile(128, 4, 3)),
+        Config(65_536, 64, "tiled", Tile(128, 8, 4), Tile(128, 4, 6)),
     ),
 }
 

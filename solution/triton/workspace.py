@@ -15,7 +15,7 @@ from .tuning import Config
 
 
 class Workspace(NamedTuple):
-    """R = 8 T bounds the rows, M the tiles; E = 32 local experts, G = I / 128 channel groups."""
+    """R bounds the rows, M the tiles; E = 32 local experts, G = I / 128 channel groups."""
 
     # Routing's lists, int32 but for the weights
     topk_ids: torch.Tensor  # [T, 8]: a token's experts, best first, as local expert; -1 where it is not local
@@ -28,12 +28,12 @@ class Workspace(NamedTuple):
     tile_ends: torch.Tensor  # [M]: one past its last row
     num_tiles: torch.Tensor  # [1]: tiles in use
     arrivals: torch.Tensor  # [M, G + 1]: GEMM1's programs done with each of a tile's channel groups; groups stored
-    ticket: torch.Tensor  # [1]: work handed out by the fused GEMMs
+    tickets: torch.Tensor  # [2]: work handed out by the fused GEMMs, or by GEMM1 and by GEMM2
     # The rows' values
     parts: torch.Tensor  # [R, I] float32: GEMM1's result before scaling (streaming only)
     intermediate: torch.Tensor  # [R, I] float16 or float8_e4m3fn: intermediate * scale is silu(gate) * up
     intermediate_scale: torch.Tensor  # [G, R] float32
-    expert_rows: torch.Tensor  # [R, H] float32: GEMM2's result
+    expert_rows: torch.Tensor  # [R, H] float32 or bfloat16: GEMM2's result
 
     @property
     def max_rows(self) -> int:
@@ -50,6 +50,12 @@ def max_tiles(num_tokens: int, block_m: int) -> int:
     return min(max_rows, -(-(max_rows // block_m + NUM_LOCAL_EXPERTS) // 4) * 4)
 
 
+def max_rows(num_tokens: int, alignment: int) -> int:
+    """Rows that T tokens can need at most, with each expert's first one aligned."""
+    rows = num_tokens * TOP_K
+    return (rows + min(rows, NUM_LOCAL_EXPERTS) * (alignment - 1)) // alignment * alignment
+
+
 def token_block(num_tokens: int) -> int:
     """Tokens of a block in routing's lists."""
     return 64 if num_tokens <= 64 else 128
@@ -58,18 +64,20 @@ def token_block(num_tokens: int) -> int:
 def allocate(num_tokens: int, hidden_size: int, intermediate_size: int, config: Config,
              device: torch.device) -> Workspace:
     """Allocate for 1 <= T tokens. Every buffer starts at a multiple of 16 bytes: all sizes are multiples of 4 words."""
-    rows = num_tokens * TOP_K
+    slots = num_tokens * TOP_K
+    rows = max_rows(num_tokens, config.row_alignment)
     tiles = max_tiles(num_tokens, config.block_m)
     blocks = -(-num_tokens // token_block(num_tokens))
     groups = intermediate_size // SCALE_BLOCK
-    lists = torch.empty(4 * rows + blocks * NUM_LOCAL_EXPERTS + (groups + 4) * tiles + 8, dtype=torch.int32,
+    lists = torch.empty(3 * slots + rows + blocks * NUM_LOCAL_EXPERTS + (groups + 4) * tiles + 8, dtype=torch.int32,
                         device=device)
     (topk_ids, topk_weights, token_rows, row_tokens, block_counts, tile_experts, tile_starts, tile_ends, arrivals,
-     num_tiles, ticket) = lists.split(
-        [rows, rows, rows, rows, blocks * NUM_LOCAL_EXPERTS, tiles, tiles, tiles, (groups + 1) * tiles, 4, 4])
-    dtype = config.intermediate_dtype
+     num_tiles, tickets) = lists.split(
+        [slots, slots, slots, rows, blocks * NUM_LOCAL_EXPERTS, tiles, tiles, tiles, (groups + 1) * tiles, 4, 4])
+    dtype, expert_rows_dtype = config.intermediate_dtype, config.expert_rows_dtype
     sizes = [rows * intermediate_size if config.streaming else 0, rows * intermediate_size * dtype.itemsize // 4,
-             groups * rows, rows * hidden_size]
+             groups * rows,
+             rows * hidden_size * expert_rows_dtype.itemsize // 4]
     parts, intermediate, intermediate_scale, expert_rows = torch.empty(
         sum(sizes), dtype=torch.float32, device=device).split(sizes)
     return Workspace(
@@ -83,9 +91,9 @@ def allocate(num_tokens: int, hidden_size: int, intermediate_size: int, config: 
         tile_ends=tile_ends,
         num_tiles=num_tiles[:1],
         arrivals=arrivals.view(tiles, groups + 1),
-        ticket=ticket[:1],
+        tickets=tickets[:2],
         parts=parts.view(-1, intermediate_size),
         intermediate=intermediate.view(dtype).view(rows, intermediate_size),
         intermediate_scale=intermediate_scale.view(groups, rows),
-        expert_rows=expert_rows.view(rows, hidden_size),
+        expert_rows=expert_rows.view(expert_rows_dtype).view(rows, hidden_size),
     )
