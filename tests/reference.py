@@ -88,6 +88,7 @@ class Lists:
     topk_weights: torch.Tensor
     token_rows: torch.Tensor
     row_tokens: torch.Tensor
+    first_tiles: torch.Tensor
     tile_experts: torch.Tensor
     tile_starts: torch.Tensor
     tile_ends: torch.Tensor
@@ -117,6 +118,8 @@ def routing_lists(ids: torch.Tensor, weights: torch.Tensor, config: Config, num_
         for expert, (start, count) in enumerate(zip(starts.tolist(), counts.tolist()))
         for first in range(start, start + count, config.block_m)
     ]
+    tiles_per_expert = -(-counts // config.block_m)
+    first_tiles = torch.cat([tiles_per_expert.new_zeros(1), tiles_per_expert.cumsum(0)]).int()
     padding = max_tiles(num_tokens, config.block_m) - len(tiles)
     padded = torch.tensor(tiles + [(5, 5, 5)] * padding, dtype=torch.int32)
     tile_experts, tile_starts, tile_ends = (column.to(device, copy=True) for column in padded.T.contiguous())
@@ -126,6 +129,7 @@ def routing_lists(ids: torch.Tensor, weights: torch.Tensor, config: Config, num_
         topk_weights=weights.float(),
         token_rows=token_rows.int(),
         row_tokens=row_tokens.int(),
+        first_tiles=first_tiles,
         tile_experts=tile_experts,
         tile_starts=tile_starts,
         tile_ends=tile_ends,

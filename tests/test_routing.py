@@ -39,11 +39,13 @@ def route(logits: torch.Tensor, bias: torch.Tensor, offset: int, block_m: int) -
 def check(routing: Workspace, logits: torch.Tensor, bias: torch.Tensor, offset: int, block_m: int) -> None:
     """Routing's every field against the reference's. In float32, sigmoids, sum, division and scaling cost 2^-19."""
     experts, weights = reference.route(logits, bias, FACTOR)
-    expected = reference.routing_lists(reference.local_ids(experts, offset), weights, config_of(block_m), NUM_CHANNEL_GROUPS)
+    ids = reference.local_ids(experts, offset)
+    expected = reference.routing_lists(ids, weights, config_of(block_m), NUM_CHANNEL_GROUPS)
     rows, num_tiles = reference.used_rows(expected), int(expected.num_tiles)
     assert int(routing.num_tiles) == num_tiles <= routing.max_tiles == max_tiles(len(logits), block_m)
     assert torch.equal(routing.token_rows, expected.token_rows)
     assert torch.equal(routing.row_tokens[rows], expected.row_tokens[rows])
+    assert torch.equal(routing.first_tiles, expected.first_tiles)
     for name in ("tile_experts", "tile_starts", "tile_ends"):
         assert torch.equal(getattr(routing, name)[:num_tiles], getattr(expected, name)[:num_tiles]), name
     assert (routing.arrivals[:num_tiles] == 0).all() and routing.arrivals.shape[1] == NUM_CHANNEL_GROUPS + 1

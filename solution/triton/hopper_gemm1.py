@@ -1,4 +1,4 @@
-"""GEMM1 and SwiGLU for many rows on Hopper: warp-specialised (see hopper_pipeline.py), tokens gathered, float8 result."""
+"""GEMM1 and SwiGLU for many rows on Hopper: warp-specialised (see hopper_pipeline.py), float8 result."""
 
 # Without `from __future__ import annotations`: an aggregate's annotations must be types.
 
@@ -44,10 +44,10 @@ def hopper_gemm1(
     num_units = ws.max_tiles * (intermediate_size // 128)
     launch(
         hidden_states.device, _gemm1_kernel, (min(num_units, config.num_sms), 1),
-        hidden_states, hidden_states_scale, w_desc, w_scale_desc, ws.row_tokens, ws.tile_experts, ws.tile_starts,
-        ws.tile_ends, ws.num_tiles, ws.tickets, out_desc, ws.intermediate_scale, num_tokens, ws.max_rows,
-        H=hidden_size, I=intermediate_size, STAGES=config.gemm1.num_stages, GROUP=config.gemm1.group,
-        num_warps=config.gemm1.num_warps,
+        hidden_states, hidden_states_scale, w_desc, w_scale_desc, ws.row_tokens, ws.first_tiles, ws.tile_experts,
+        ws.tile_starts, ws.tile_ends, ws.num_tiles, ws.tickets, out_desc, ws.intermediate_scale, num_tokens,
+        ws.max_rows,
+        H=hidden_size, I=intermediate_size, STAGES=config.gemm1.num_stages, num_warps=config.gemm1.num_warps,
         max_registers=MAX_REGISTERS,
     )
 
@@ -59,6 +59,7 @@ def _gemm1_kernel(
     w_desc,  # [E * 2 I, H] float8_e4m3fn, block [128, 128]
     w_scale_desc,  # [E * 2 I / 128, H / 128] float32, block [1, at least H / 128]
     row_tokens_ptr,  # [R] int32
+    first_tiles_ptr,  # [E + 1] int32
     tile_experts_ptr,  # [tiles] int32
     tile_starts_ptr,  # [tiles] int32
     tile_ends_ptr,  # [tiles] int32
@@ -71,7 +72,6 @@ def _gemm1_kernel(
     H: gl.constexpr,
     I: gl.constexpr,
     STAGES: gl.constexpr,
-    GROUP: gl.constexpr,
     PDL: gl.constexpr,
 ):
     """Grid (programs,), one an SM. A unit's columns are 128 channels: their up rows, then their gate rows."""
@@ -86,8 +86,8 @@ def _gemm1_kernel(
         (consume, (gl.constexpr(0), ring, announcements, sink)),
         (consume, (gl.constexpr(1), ring, announcements, sink)),
         (_gather_rows, (ring, announcements, x_ptr, x_scale_ptr, row_tokens_ptr, T, gl.constexpr(H))),
-        (produce, (ring, announcements, w_desc, w_scale_desc, tile_experts_ptr, tile_starts_ptr, tile_ends_ptr,
-                   num_tiles_ptr, ticket_ptr, gl.constexpr(GROUP), gl.constexpr(2 * I), gl.constexpr(128), gl.constexpr(I))),
+        (produce, (ring, announcements, w_desc, w_scale_desc, first_tiles_ptr, tile_experts_ptr, tile_starts_ptr,
+                   tile_ends_ptr, num_tiles_ptr, ticket_ptr, gl.constexpr(2 * I), gl.constexpr(128), gl.constexpr(I))),
     ], worker_num_warps=[4, 4, 1], worker_num_regs=[CONSUMER_REGISTERS, ROW_LOADER_REGISTERS, PRODUCER_REGISTERS])
 
 

@@ -16,8 +16,8 @@ from .launch import launch
 from .tuning import Config
 from .workspace import Workspace
 
-# Registers a thread. 12 warps start with 168; then the consumers (4 + 4 warps) take 232, the two loaders (1 + 1, counted
-# as 4) what is left.
+# Registers a thread. 12 warps start with 168; then the consumers (4 + 4 warps) take 232, the two loaders (1 + 1,
+# counted as 4) what is left.
 MAX_REGISTERS = 168
 CONSUMER_REGISTERS = gl.constexpr(232)
 LOADER_REGISTERS = gl.constexpr(40)
@@ -37,10 +37,9 @@ def hopper_gemm2(weights: torch.Tensor, weights_scale: torch.Tensor, workspace: 
     num_units = ws.max_tiles * (hidden_size // 256)
     launch(
         weights.device, _gemm2_kernel, (min(num_units, config.num_sms), 1),
-        x_desc, x_scale_desc, w_desc, w_scale_desc, ws.tile_experts, ws.tile_starts, ws.tile_ends, ws.num_tiles,
-        ws.tickets, out_desc,
-        H=hidden_size, I=intermediate_size, STAGES=config.gemm2.num_stages, GROUP=config.gemm2.group,
-        num_warps=config.gemm2.num_warps,
+        x_desc, x_scale_desc, w_desc, w_scale_desc, ws.first_tiles, ws.tile_experts, ws.tile_starts, ws.tile_ends,
+        ws.num_tiles, ws.tickets, out_desc,
+        H=hidden_size, I=intermediate_size, STAGES=config.gemm2.num_stages, num_warps=config.gemm2.num_warps,
         max_registers=MAX_REGISTERS,
     )
 
@@ -51,6 +50,7 @@ def _gemm2_kernel(
     x_scale_desc,  # [I / 128, R] float32, block [1, 128]
     w_desc,  # [E * H, I] float8_e4m3fn, block [128, 128]
     w_scale_desc,  # [E * H / 128, I / 128] float32, block [1, at least I / 128]
+    first_tiles_ptr,  # [E + 1] int32
     tile_experts_ptr,  # [tiles] int32
     tile_starts_ptr,  # [tiles] int32
     tile_ends_ptr,  # [tiles] int32
@@ -60,7 +60,6 @@ def _gemm2_kernel(
     H: gl.constexpr,
     I: gl.constexpr,
     STAGES: gl.constexpr,
-    GROUP: gl.constexpr,
     PDL: gl.constexpr,
 ):
     """Grid (programs,), one an SM. A unit's columns are 256 of the result's."""
@@ -71,12 +70,13 @@ def _gemm2_kernel(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
+    ticket_ptr = tickets_ptr + 1
     gl.warp_specialize([
         (consume, (gl.constexpr(0), ring, announcements, sink)),
         (consume, (gl.constexpr(1), ring, announcements, sink)),
         (_load_rows, (ring, announcements, x_desc, x_scale_desc)),
-        (produce, (ring, announcements, w_desc, w_scale_desc, tile_experts_ptr, tile_starts_ptr, tile_ends_ptr,
-                   num_tiles_ptr, tickets_ptr + 1, gl.constexpr(GROUP), gl.constexpr(H), gl.constexpr(256), gl.constexpr(128))),
+        (produce, (ring, announcements, w_desc, w_scale_desc, first_tiles_ptr, tile_experts_ptr, tile_starts_ptr,
+                   tile_ends_ptr, num_tiles_ptr, ticket_ptr, gl.constexpr(H), gl.constexpr(256), gl.constexpr(128))),
     ], worker_num_warps=[4, 1, 1], worker_num_regs=[CONSUMER_REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS])
 
 

@@ -53,8 +53,8 @@ def route(
                E=NUM_LOCAL_EXPERTS, TOP_K=TOP_K, BLOCK_T=block_t, num_warps=8)
     launch(
         device, _lists_kernel, (num_blocks, 1),
-        ws.topk_ids, ws.block_counts, ws.token_rows, ws.row_tokens, ws.tile_experts, ws.tile_starts, ws.tile_ends,
-        ws.num_tiles, ws.tickets, ws.arrivals, num_tokens, num_blocks,
+        ws.topk_ids, ws.block_counts, ws.token_rows, ws.row_tokens, ws.first_tiles, ws.tile_experts, ws.tile_starts,
+        ws.tile_ends, ws.num_tiles, ws.tickets, ws.arrivals, num_tokens, num_blocks,
         E=NUM_LOCAL_EXPERTS, TOP_K=TOP_K, COUNTERS=counters, BLOCK_M=block_m, ALIGNMENT=row_alignment,
         BLOCK_T=block_t, ONE_BLOCK=num_blocks == 1, num_warps=8,
     )
@@ -156,6 +156,7 @@ def _lists_kernel(
     block_counts_ptr,  # [num_blocks, E] int32
     token_rows_ptr,  # out [T, TOP_K] int32
     row_tokens_ptr,  # out [T * TOP_K] int32
+    first_tiles_ptr,  # out [E + 1] int32
     tile_experts_ptr,  # out [tiles] int32
     tile_starts_ptr,  # out [tiles] int32
     tile_ends_ptr,  # out [tiles] int32
@@ -211,6 +212,8 @@ def _lists_kernel(
         tl.store(tile_ends_ptr + first_tiles + i, tl.minimum(tile_start + BLOCK_M, starts + total), mask=i < tiles)
     if pid == 0:
         tl.store(num_tiles_ptr, num_tiles)
+        tl.store(first_tiles_ptr + offs_e, first_tiles)
+        tl.store(first_tiles_ptr + E, num_tiles)
         tl.store(tickets_ptr + tl.arange(0, 2), 0)
     CHUNK: tl.constexpr = 512
     for first in range(pid * CHUNK, num_tiles * COUNTERS, num_blocks * CHUNK):

@@ -17,7 +17,6 @@ class Tile:
     num_warps: int
     num_stages: int
     unroll: int = 1  # K blocks of 128 in an iteration (streaming kernels)
-    group: int = 8  # tiles that share a column before the next one (Hopper kernels)
 
 
 @dataclass(frozen=True)

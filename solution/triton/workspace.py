@@ -23,6 +23,7 @@ class Workspace(NamedTuple):
     token_rows: torch.Tensor  # [T, 8]: their rows; -1 where the expert is not local
     row_tokens: torch.Tensor  # [R]: row -> token
     block_counts: torch.Tensor  # [token blocks, E]: rows of each local expert among a block's tokens
+    first_tiles: torch.Tensor  # [E + 1]: local expert -> its first tile; the last is the number of tiles
     tile_experts: torch.Tensor  # [M]: tile -> local expert
     tile_starts: torch.Tensor  # [M]: first row of the tile
     tile_ends: torch.Tensor  # [M]: one past its last row
@@ -69,11 +70,11 @@ def allocate(num_tokens: int, hidden_size: int, intermediate_size: int, config: 
     tiles = max_tiles(num_tokens, config.block_m)
     blocks = -(-num_tokens // token_block(num_tokens))
     groups = intermediate_size // SCALE_BLOCK
-    lists = torch.empty(3 * slots + rows + blocks * NUM_LOCAL_EXPERTS + (groups + 4) * tiles + 8, dtype=torch.int32,
+    lists = torch.empty(3 * slots + rows + blocks * NUM_LOCAL_EXPERTS + (groups + 4) * tiles + 44, dtype=torch.int32,
                         device=device)
-    (topk_ids, topk_weights, token_rows, row_tokens, block_counts, tile_experts, tile_starts, tile_ends, arrivals,
-     num_tiles, tickets) = lists.split(
-        [slots, slots, slots, rows, blocks * NUM_LOCAL_EXPERTS, tiles, tiles, tiles, (groups + 1) * tiles, 4, 4])
+    (topk_ids, topk_weights, token_rows, row_tokens, block_counts, first_tiles, tile_experts, tile_starts, tile_ends,
+     arrivals, num_tiles, tickets) = lists.split(
+        [slots, slots, slots, rows, blocks * NUM_LOCAL_EXPERTS, 36, tiles, tiles, tiles, (groups + 1) * tiles, 4, 4])
     dtype, expert_rows_dtype = config.intermediate_dtype, config.expert_rows_dtype
     sizes = [rows * intermediate_size if config.streaming else 0, rows * intermediate_size * dtype.itemsize // 4,
              groups * rows,
@@ -86,6 +87,7 @@ def allocate(num_tokens: int, hidden_size: int, intermediate_size: int, config: 
         token_rows=token_rows.view(num_tokens, TOP_K),
         row_tokens=row_tokens,
         block_counts=block_counts.view(blocks, NUM_LOCAL_EXPERTS),
+        first_tiles=first_tiles[: NUM_LOCAL_EXPERTS + 1],
         tile_experts=tile_experts,
         tile_starts=tile_starts,
         tile_ends=tile_ends,
