@@ -47,8 +47,8 @@ def hopper_gemm1(
         hidden_states, hidden_states_scale, w_desc, w_scale_desc, ws.row_tokens, ws.first_tiles, ws.tile_experts,
         ws.tile_starts, ws.tile_ends, ws.num_tiles, ws.tickets, out_desc, ws.intermediate_scale, num_tokens,
         ws.max_rows,
-        H=hidden_size, I=intermediate_size, STAGES=config.gemm1.num_stages, num_warps=config.gemm1.num_warps,
-        max_registers=MAX_REGISTERS,
+        H=hidden_size, I=intermediate_size, STAGES=config.gemm1.num_stages, BATCH=config.gemm1.unroll,
+        num_warps=config.gemm1.num_warps, max_registers=MAX_REGISTERS,
     )
 
 
@@ -72,6 +72,7 @@ def _gemm1_kernel(
     H: gl.constexpr,
     I: gl.constexpr,
     STAGES: gl.constexpr,
+    BATCH: gl.constexpr,
     PDL: gl.constexpr,
 ):
     """Grid (programs,), one an SM. A unit's columns are 128 channels: their up rows, then their gate rows."""
@@ -87,7 +88,8 @@ def _gemm1_kernel(
         (consume, (gl.constexpr(1), ring, announcements, sink)),
         (_gather_rows, (ring, announcements, x_ptr, x_scale_ptr, row_tokens_ptr, T, gl.constexpr(H))),
         (produce, (ring, announcements, w_desc, w_scale_desc, first_tiles_ptr, tile_experts_ptr, tile_starts_ptr,
-                   tile_ends_ptr, num_tiles_ptr, ticket_ptr, gl.constexpr(2 * I), gl.constexpr(128), gl.constexpr(I))),
+                   tile_ends_ptr, num_tiles_ptr, ticket_ptr, gl.constexpr(BATCH), gl.constexpr(2 * I),
+                   gl.constexpr(128), gl.constexpr(I))),
     ], worker_num_warps=[4, 4, 1], worker_num_regs=[CONSUMER_REGISTERS, ROW_LOADER_REGISTERS, PRODUCER_REGISTERS])
 
 

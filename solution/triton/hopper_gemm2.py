@@ -39,8 +39,8 @@ def hopper_gemm2(weights: torch.Tensor, weights_scale: torch.Tensor, workspace: 
         weights.device, _gemm2_kernel, (min(num_units, config.num_sms), 1),
         x_desc, x_scale_desc, w_desc, w_scale_desc, ws.first_tiles, ws.tile_experts, ws.tile_starts, ws.tile_ends,
         ws.num_tiles, ws.tickets, out_desc,
-        H=hidden_size, I=intermediate_size, STAGES=config.gemm2.num_stages, num_warps=config.gemm2.num_warps,
-        max_registers=MAX_REGISTERS,
+        H=hidden_size, I=intermediate_size, STAGES=config.gemm2.num_stages, BATCH=config.gemm2.unroll,
+        num_warps=config.gemm2.num_warps, max_registers=MAX_REGISTERS,
     )
 
 
@@ -60,6 +60,7 @@ def _gemm2_kernel(
     H: gl.constexpr,
     I: gl.constexpr,
     STAGES: gl.constexpr,
+    BATCH: gl.constexpr,
     PDL: gl.constexpr,
 ):
     """Grid (programs,), one an SM. A unit's columns are 256 of the result's."""
@@ -76,7 +77,8 @@ def _gemm2_kernel(
         (consume, (gl.constexpr(1), ring, announcements, sink)),
         (_load_rows, (ring, announcements, x_desc, x_scale_desc)),
         (produce, (ring, announcements, w_desc, w_scale_desc, first_tiles_ptr, tile_experts_ptr, tile_starts_ptr,
-                   tile_ends_ptr, num_tiles_ptr, ticket_ptr, gl.constexpr(H), gl.constexpr(256), gl.constexpr(128))),
+                   tile_ends_ptr, num_tiles_ptr, ticket_ptr, gl.constexpr(BATCH), gl.constexpr(H), gl.constexpr(256),
+                   gl.constexpr(128))),
     ], worker_num_warps=[4, 1, 1], worker_num_regs=[CONSUMER_REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS])
 
 

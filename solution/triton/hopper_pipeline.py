@@ -186,15 +186,18 @@ def new_ring(w_desc, w_scale_desc, STAGES: gl.constexpr, K_BLOCKS: gl.constexpr)
 
 @gluon.jit
 def produce(ring, announcements, w_desc, w_scale_desc, first_tiles_ptr, tile_experts_ptr, tile_starts_ptr,
-            tile_ends_ptr, num_tiles_ptr, ticket_ptr, EXPERT_ROWS: gl.constexpr, COLUMN_ROWS: gl.constexpr,
-            WAVE_ROWS: gl.constexpr):
+            tile_ends_ptr, num_tiles_ptr, ticket_ptr, BATCH: gl.constexpr, EXPERT_ROWS: gl.constexpr,
+            COLUMN_ROWS: gl.constexpr, WAVE_ROWS: gl.constexpr):
     """The producer. Column c of expert e starts at weight row e * EXPERT_ROWS + c * COLUMN_ROWS, its second wave
     WAVE_ROWS further.
 
     Up to GROUP tiles of one expert go through a column before the next column, so that they read its weights at the
     same time and all but one find them in L2. Against tile by tile GEMM1 takes 5 to 16% less time; 2, 8 and 16 are
     within 1% of 4; groups that ignore the experts' borders gain nothing (H100, T = 4096 to 14107, 2026-11-23).
+
+    The weights of BATCH K blocks are requested together, row by row neighbours in memory: see `tuning`.
     """
+    gl.static_assert(BATCH <= ring.STAGES and ring.K_BLOCKS % BATCH == 0, "whole batches, each within the ring")
     COLUMNS: gl.constexpr = EXPERT_ROWS // 256
     GROUP: gl.constexpr = 4
     W_BYTES: gl.constexpr = 256 * BLOCK_K
@@ -216,20 +219,20 @@ def produce(ring, announcements, w_desc, w_scale_desc, first_tiles_ptr, tile_exp
         first_row = gl.load(tile_starts_ptr + tile)
         announcements.put(turn, pack_unit(first_row, column, gl.load(tile_ends_ptr + tile) - first_row))
         row0 = expert * EXPERT_ROWS + column * COLUMN_ROWS
-        row1 = row0 + WAVE_ROWS
-        for k in range(ring.K_BLOCKS):
-            stage = ring.wait_empty(step + k)
-            ready = ring.ready.index(stage)
-            w = ring.w.index(stage)
-            mbarrier.expect(ready, W_BYTES + W_SCALE_BYTES, pred=k == 0)
-            mbarrier.expect(ready, W_BYTES, pred=k != 0)
-            tma.async_copy_global_to_shared(w_desc, [row0, k * BLOCK_K], ready, w.slice(0, 128, dim=0))
-            tma.async_copy_global_to_shared(w_desc, [row1, k * BLOCK_K], ready, w.slice(128, 128, dim=0))
-            slot = turn % 2 * 2
-            tma.async_copy_global_to_shared(w_scale_desc, [row0 // 128, 0], ready, ring.w_scale.index(slot),
-                                            pred=k == 0)
-            tma.async_copy_global_to_shared(w_scale_desc, [row1 // 128, 0], ready, ring.w_scale.index(slot + 1),
-                                            pred=k == 0)
+        slot = turn % 2 * 2
+        for k in range(0, ring.K_BLOCKS, BATCH):
+            for i in gl.static_range(BATCH):
+                ready = ring.ready.index(ring.wait_empty(step + k + i))
+                mbarrier.expect(ready, W_BYTES + W_SCALE_BYTES, pred=k + i == 0)
+                mbarrier.expect(ready, W_BYTES, pred=k + i != 0)
+            for wave in gl.static_range(2):
+                row = row0 + wave * WAVE_ROWS
+                for i in gl.static_range(BATCH):
+                    stage = (step + k + i) % ring.STAGES
+                    w = ring.w.index(stage).slice(wave * 128, 128, dim=0)
+                    tma.async_copy_global_to_shared(w_desc, [row, (k + i) * BLOCK_K], ring.ready.index(stage), w)
+                tma.async_copy_global_to_shared(w_scale_desc, [row // 128, 0], ring.ready.index(step % ring.STAGES),
+                                                ring.w_scale.index(slot + wave), pred=k == 0)
         step += ring.K_BLOCKS
         turn += 1
     announcements.put(turn, -1)

@@ -16,7 +16,7 @@ class Tile:
     block_n: int  # output columns of a program (GEMM1: channels, each an up and a gate row of W)
     num_warps: int
     num_stages: int
-    unroll: int = 1  # K blocks of 128 in an iteration (streaming kernels)
+    unroll: int = 1  # K blocks of 128 in an iteration (streaming), or requested from memory together (Hopper)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ TABLES = {
     9: (
         Config(256, 16, "streaming", Tile(32, 4, 2, unroll=2), Tile(64, 4, 2, unroll=2), Fusion(128, 4)),
         Config(1024, 32, "streaming", Tile(32, 4, 2, unroll=2), Tile(128, 4, 3)),
-        Config(65_536, 128, "hopper", Tile(128, 4, 4), Tile(256, 4, 4)),
+        Config(6144, 128, "hopper", Tile(128, 4, 4, unroll=2), Tile(256, 4, 4, unroll=2)),
+        Config(65_536, 128, "hopper", Tile(128, 4, 4, unroll=2), Tile(256, 4, 4)),
     ),
     # Not measured: Hopper's rows, with a tiled GEMM1 that does not spill there.
     10: (
