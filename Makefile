@@ -19,7 +19,7 @@ ENVIRONMENT := $(VENV)/.installed
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help run test pack dataset readme clean
+.PHONY: help run test sweep pack dataset readme clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-10s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ run: $(ENVIRONMENT) ## benchmark, measure, print the table; exit status 1 unless
 
 test: $(ENVIRONMENT) ## run the tests, on the CPU or on the GPU where there is one
 	$(PY) -m pytest $(ARGS)
+
+sweep: $(ENVIRONMENT) ## measure over T, active experts and spreads, and where the time goes; needs a GPU
+	$(PY) -m scripts.sweep $(ARGS)
 
 pack: $(ENVIRONMENT) ## write solution.json from config.toml and solution/triton
 	$(PY) -m scripts.pack $(ARGS)

@@ -39,16 +39,25 @@ def measure_ceilings(device: str = "cuda") -> Ceilings:
 def floor_us(num_tokens: int, rows: int, active_experts: int, ceilings: Ceilings) -> float:
     """Floor in microseconds of a call with `rows` (token, local expert) pairs on `active_experts` local experts."""
     memory_s = bytes_moved(num_tokens, active_experts) / ceilings.read_bytes_per_s
-    compute_s = rows * 6 * H * I / ceilings.fp8_flops_per_s  # 2 FLOPs for each of the 3 * H * I weights of an expert
+    compute_s = flops(rows) / ceilings.fp8_flops_per_s
     return max(memory_s, compute_s) * 1e6
 
 
 def bytes_moved(num_tokens: int, active_experts: int) -> int:
     """Bytes that have to cross the memory bus: each active expert's fp8 weights and float32 block scales once; for
     each token its fp8 activations, their float32 scales, its float32 logits, and the bfloat16 output written."""
-    expert = 3 * H * I + 4 * 3 * (H // SCALE_BLOCK) * (I // SCALE_BLOCK)
     token = H + 4 * (H // SCALE_BLOCK) + 4 * NUM_EXPERTS + 2 * H
-    return active_experts * expert + num_tokens * token
+    return weight_bytes(active_experts) + num_tokens * token
+
+
+def weight_bytes(active_experts: int, matrices: int = 3) -> int:
+    """Bytes of `matrices` of the three H x I matrices (up, gate, down) of each active expert, block scales included."""
+    return active_experts * matrices * (H * I + 4 * (H // SCALE_BLOCK) * (I // SCALE_BLOCK))
+
+
+def flops(rows: int, matrices: int = 3) -> int:
+    """FLOPs of `rows` (token, local expert) pairs: two for each weight of `matrices` matrices."""
+    return rows * matrices * 2 * H * I
 
 
 def local_rows(routing_logits: torch.Tensor, routing_bias: torch.Tensor, offset: int) -> tuple[int, int]:

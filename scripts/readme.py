@@ -1,4 +1,5 @@
-"""Write the recorded results into README.md, between the two `results` markers.
+"""Write the recorded results into README.md: those of `make run` between the two `results` markers, those of
+`make sweep`, if there are any, between the two `sweep` markers.
 
 python -m scripts.readme [--check]
 """
@@ -13,10 +14,18 @@ import sys
 from scripts.accuracy import TIERS
 from scripts.pack import ROOT
 from scripts.report import DECODE_TOKENS, PASSED, geometric_mean, read_records
+from scripts.sweep_report import Sweep, host_table, point_table, read_sweep, stage_table
 
 README = ROOT / "README.md"
 RESULTS = ROOT / "results" / "nvidia-h100-80gb-hbm3.json"
-_SECTION = re.compile(r"(<!-- results: begin -->\n).*(<!-- results: end -->)", re.DOTALL)
+SWEEP = RESULTS.with_name(f"{RESULTS.stem}-sweep.json")
+_SWEEP_INTRODUCTION = """## Sweep
+
+`make sweep`: how the span goes with T, the number of active experts and the spread of the rows over them, and where
+it goes. The *span* divides into each kernel's own time and *gaps* in which nothing runs; a kernel that starts while
+its predecessor drains only waits, which is *hidden*. A GEMM's rates are the active experts' weights, once, and the
+rows' FLOPs over its own time, with their share of the ceilings. Workloads with a published T are those of the table
+above, others are drawn with every expert equally likely."""
 
 
 def results_section(results: dict) -> str:
@@ -47,11 +56,48 @@ def results_section(results: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def render_readme(text: str, results: dict) -> str:
-    """README's text with the section replaced. Raises ValueError when the markers are not there."""
-    if not _SECTION.search(text):
-        raise ValueError("README.md: expected '<!-- results: begin -->' before '<!-- results: end -->', found none")
-    return _SECTION.sub(lambda match: match[1] + results_section(results) + match[2], text)
+def sweep_section(sweep: Sweep) -> str:
+    """The markdown of one sweep: its picture, where the microseconds go, spreads, host time, and what it misses."""
+    ceilings = sweep.ceilings
+    blocks = [
+        _SWEEP_INTRODUCTION,
+        f"![time over T and over active experts](results/{SWEEP.stem}.svg)",
+        f"One {sweep.gpu}, driver {sweep.driver}, torch {sweep.versions['torch']}, triton {sweep.versions['triton']}; "
+        f"ceilings of the same run: {ceilings.read_bytes_per_s / 1e12:.2f} TB/s read, "
+        f"{ceilings.fp8_flops_per_s / 1e12:.0f} TFLOP/s fp8.",
+    ]
+    if sweep.stages:
+        blocks.append(_markdown(stage_table(sweep)))
+    if sweep.spreads:
+        blocks.append(_markdown(point_table(sweep.spreads)))
+    if sweep.host:
+        blocks.append(_markdown(host_table(sweep.host)))
+    misses = [f"- {miss.text}" for miss in sweep.misses()]
+    blocks.append("\n".join(["Misses:", "", *misses]) if misses else "No misses.")
+    return "\n\n".join(blocks) + "\n"
+
+
+def _markdown(table: list[list[str]]) -> str:
+    """A markdown table of a header and its rows."""
+    header, *rows = (f"| {' | '.join(row)} |" for row in table)
+    return "\n".join([header, "|--:" * len(table[0]) + "|", *rows])
+
+
+def render_readme(text: str, results: dict, sweep: Sweep | None) -> str:
+    """README's text with both sections replaced, that of no sweep by nothing.
+
+    Raises ValueError when the markers are not there.
+    """
+    text = _replace_section(text, "results", results_section(results))
+    return _replace_section(text, "sweep", sweep_section(sweep) if sweep else "")
+
+
+def _replace_section(text: str, name: str, section: str) -> str:
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    replaced, count = re.subn(f"(?<={begin}\n).*(?={end})", lambda _: section, text, flags=re.DOTALL)
+    if count != 1:
+        raise ValueError(f"README.md: expected '{begin}' before '{end}', found none")
+    return replaced
 
 
 def main() -> int:
@@ -59,10 +105,12 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="exit with 1 when README.md is stale; write nothing")
     arguments = parser.parse_args()
     text = README.read_text(encoding="utf-8")
-    current = render_readme(text, json.loads(RESULTS.read_text(encoding="utf-8")))
+    sweep = read_sweep(SWEEP) if SWEEP.exists() else None
+    current = render_readme(text, json.loads(RESULTS.read_text(encoding="utf-8")), sweep)
     if arguments.check:
         if current != text:
-            print("README.md: its results are not those of " + str(RESULTS.relative_to(ROOT)), file=sys.stderr)
+            print(f"README.md: its results are not those of {RESULTS.relative_to(ROOT)} and {SWEEP.relative_to(ROOT)}",
+                  file=sys.stderr)
         return int(current != text)
     README.write_text(current, encoding="utf-8")
     return 0

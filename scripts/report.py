@@ -125,11 +125,23 @@ def write_results(
             for record in sorted(records, key=lambda record: record.T)
         ],
     }
-    slug = re.sub("[^a-z0-9]+", "-", gpu.lower()).strip("-")
-    path = folder / (f"{slug}.json" if tier == "profile" else f"{slug}-{tier}.json")
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
+    path = results_path(folder, gpu, "" if tier == "profile" else tier)
+    write_json(path, results)
     return path
+
+
+def results_path(folder: Path, gpu: str, kind: str = "") -> Path:
+    """<folder>/<gpu>.json, or <folder>/<gpu>-<kind>.json."""
+    slug = re.sub("[^a-z0-9]+", "-", gpu.lower()).strip("-")
+    return folder / (f"{slug}-{kind}.json" if kind else f"{slug}.json")
+
+
+def write_json(path: Path, results: dict) -> None:
+    """Write results to path, whole or not at all; ValueError for a NaN or an Inf."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".json.new")
+    scratch.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
+    scratch.replace(path)
 
 
 def read_records(results: dict) -> list[Record]:

@@ -29,10 +29,14 @@ class Activity(NamedTuple):
 
 
 class Call(NamedTuple):
-    """One measured call, in microseconds: its own span, and how long the GPU was held back before it."""
+    """One measured call: what the GPU did, by start, and for how many microseconds it was held back before."""
 
-    span_us: float
+    activities: tuple[Activity, ...]
     spin_us: float
+
+    @property
+    def span_us(self) -> float:
+        return max(activity.end_us for activity in self.activities) - self.activities[0].start_us
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,13 @@ class Span:
 
 
 def measure_span(call: Callable[[], object], repeats: int = 20) -> Span:
-    """Measure `call`, which launches its kernels on the current stream of the current CUDA device.
+    """The spread over `repeats` of a call's span; `call` and errors as in `record_calls`."""
+    return summarize(record_calls(call, repeats))
+
+
+def record_calls(call: Callable[[], object], repeats: int = 20) -> list[Call]:
+    """Record `call`, which launches its kernels on the current stream of the current CUDA device; late calls are left
+    out.
 
     Raises RuntimeError when the profiler lost records or when most calls were not queued in time, which is also
     what a call that waits for the GPU looks like.
@@ -71,7 +81,7 @@ def measure_span(call: Callable[[], object], repeats: int = 20) -> Span:
         for event in profiler.events()
         if event.device_type == DeviceType.CUDA
     ]
-    return summarize(split_calls(activities, repeats), launch_us)
+    return queued_calls(split_calls(activities, repeats), launch_us)
 
 
 def split_calls(activities: Sequence[Activity], repeats: int) -> list[Call]:
@@ -91,20 +101,25 @@ def split_calls(activities: Sequence[Activity], repeats: int) -> list[Call]:
         own = ordered[before + 1 : after]
         if not own:
             raise RuntimeError("expected kernels between the spin kernels, found none: the call launched nothing")
-        span_us = max(activity.end_us for activity in own) - min(activity.start_us for activity in own)
-        calls.append(Call(span_us, ordered[before].end_us - ordered[before].start_us))
+        calls.append(Call(tuple(own), ordered[before].end_us - ordered[before].start_us))
     return calls
 
 
-def summarize(calls: Sequence[Call], launch_us: Sequence[float]) -> Span:
-    """Spread over the calls that the host had queued before the GPU was let go; launch_us: host time of each call.
+def queued_calls(calls: Sequence[Call], launch_us: Sequence[float]) -> list[Call]:
+    """The calls that the host had queued before the GPU was let go; launch_us: host time of each call.
 
-    Raises RuntimeError when fewer than half of them were.
+    Raises RuntimeError when they are fewer than half.
     """
-    queued = [call.span_us for call, launch in zip(calls, launch_us) if launch < call.spin_us]
+    queued = [call for call, launch in zip(calls, launch_us) if launch < call.spin_us]
     if 2 * len(queued) < len(calls):
         raise RuntimeError(
             f"expected calls queued within {statistics.median(call.spin_us for call in calls):.0f} us, they took "
             f"{statistics.median(launch_us):.0f} us on the host: the call waits for the GPU or launches too slowly"
         )
-    return Span(statistics.median(queued), min(queued), max(queued))
+    return queued
+
+
+def summarize(calls: Sequence[Call]) -> Span:
+    """Spread of the span over the calls."""
+    spans = [call.span_us for call in calls]
+    return Span(statistics.median(spans), min(spans), max(spans))

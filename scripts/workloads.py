@@ -7,7 +7,7 @@ cost: T, the rank's expert offset, how many local experts are active and how man
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,13 @@ NUM_EXPERTS, NUM_LOCAL_EXPERTS = 256, 32
 NUM_GROUPS, KEPT_GROUPS, TOP_K = 8, 4, 8
 ROUTED_SCALING_FACTOR = 2.5  # in every published workload
 MAX_TICKETS = 8  # an expert's popularity is 1 to 8: rows per expert differ as much as 8 to 1
+SWEEP_OFFSET = 32  # local_expert_offset of the sweep's workloads: one whole group is local
+DRAW_SEED = 12  # with it the very first token has local experts
+SPREADS = {  # how the rows are divided among the 32 local experts, as weights
+    "equal": [1] * NUM_LOCAL_EXPERTS,
+    "Zipf": [1 / rank for rank in range(1, NUM_LOCAL_EXPERTS + 1)],
+    "one hot expert": [NUM_LOCAL_EXPERTS - 1, *[1] * (NUM_LOCAL_EXPERTS - 1)],  # it has half of the rows
+}
 
 
 @dataclass(frozen=True)
@@ -79,10 +86,58 @@ def router_tensors(workload: PublishedWorkload) -> dict[str, torch.Tensor]:
 
     Raises ValueError if no routing has the workload's numbers of active experts and rows.
     """
-    T = workload.num_tokens
     random_raw = np.random.Philox(key=uuid.UUID(workload.uuid).int).random_raw  # uint64, fixed across numpy versions
-    chosen = draw_experts(workload, random_raw)
-    fraction = (random_raw((T, NUM_EXPERTS)) >> np.uint64(44)).astype(np.float64) / 2**20
+    return _tensors(draw_experts(workload, random_raw), random_raw)
+
+
+def spread_router(rows_per_expert: Sequence[int], num_tokens: int) -> dict[str, torch.Tensor]:
+    """Router tensors as `router_tensors` makes them, for a rank at SWEEP_OFFSET whose local experts, in a random
+    order, get exactly these numbers of rows, on random tokens.
+
+    Raises ValueError if num_tokens tokens cannot have these rows.
+    """
+    rows = np.asarray(rows_per_expert)
+    num_rows = int(rows.sum())
+    # Routing by groups sends a token either past a rank or to about two of its experts.
+    num_visitors = min(num_tokens, max(-(-num_rows // 2), int(rows.max())))
+    if len(rows) > NUM_LOCAL_EXPERTS or rows.max() > num_visitors or num_rows > num_visitors * TOP_K:
+        raise ValueError(
+            f"rows_per_expert: expected at most {NUM_LOCAL_EXPERTS} experts with at most T = {num_tokens} rows each "
+            f"and {TOP_K} T in all, got {rows.tolist()}"
+        )
+    random_raw = np.random.Philox(key=num_tokens).random_raw
+    local = np.arange(SWEEP_OFFSET, SWEEP_OFFSET + NUM_LOCAL_EXPERTS)
+    experts = local[ranks(random_raw(len(local)))[: len(rows)]]
+    # Rows are dealt to the visitors in turn, expert after expert, so that no expert meets a token twice.
+    visitors = ranks(random_raw(num_tokens))[:num_visitors]
+    chosen = np.zeros((num_tokens, NUM_EXPERTS), dtype=bool)
+    chosen[visitors[np.arange(num_rows) % num_visitors], np.repeat(experts, rows)] = True
+    return _tensors(_with_remote_experts(chosen, local, random_raw), random_raw)
+
+
+def spread_rows(weights: Sequence[float], num_rows: int) -> list[int]:
+    """num_rows divided in proportion to the weights, each share rounded so that the sum is exact."""
+    ends = np.rint(np.cumsum(weights) / np.sum(weights) * num_rows).astype(int)
+    return np.diff(ends, prepend=0).tolist()
+
+
+def drawn_router(num_tokens: int) -> dict[str, torch.Tensor]:
+    """Router tensors without a preference, for a rank at SWEEP_OFFSET: independent uniform logits, so that an eighth of
+    the pairs is local.
+
+    Fewer tokens are the first of more: from one T to the next, rows and active experts only grow.
+    """
+    random_raw = np.random.Philox(key=DRAW_SEED).random_raw
+    logits = (random_raw((num_tokens, NUM_EXPERTS)) >> np.uint64(44)).astype(np.float64) / 2**18 - 2
+    return {
+        "routing_logits": torch.from_numpy(logits.astype(np.float32)),
+        "routing_bias": torch.zeros(NUM_EXPERTS, dtype=torch.bfloat16),
+    }
+
+
+def _tensors(chosen: np.ndarray, random_raw: Callable[..., np.ndarray]) -> dict[str, torch.Tensor]:
+    """The router tensors of `router_tensors` for chosen [T, 256] bool."""
+    fraction = (random_raw(chosen.shape) >> np.uint64(44)).astype(np.float64) / 2**20
     logits = np.where(chosen, 0.5, -6.0) + 4 * fraction
     bias = ((random_raw(NUM_EXPERTS) >> np.uint64(57)).astype(np.float64) - 64) / 2**10
     return {
@@ -119,14 +174,18 @@ def draw_experts(workload: PublishedWorkload, random_raw: Callable[..., np.ndarr
     prize[token_of_row[:num_active], np.arange(num_active)] = np.iinfo(np.uint64).max
     chosen = np.zeros((T, NUM_EXPERTS), dtype=bool)
     chosen[:, active] = ranks(~prize) < rows_per_token
+    return _with_remote_experts(chosen, local, random_raw)
 
-    # The remaining experts come from groups without local experts.
+
+def _with_remote_experts(chosen: np.ndarray, local: np.ndarray, random_raw: Callable[..., np.ndarray]) -> np.ndarray:
+    """chosen [T, 256] bool with each token's experts filled up to 8, from groups without local experts."""
+    T = len(chosen)
     local_groups = np.unique(local // (NUM_EXPERTS // NUM_GROUPS))
     group_key = random_raw((T, NUM_GROUPS))
     group_key[:, local_groups] = np.iinfo(np.uint64).max
     remote = np.repeat(ranks(group_key) < KEPT_GROUPS - len(local_groups), NUM_EXPERTS // NUM_GROUPS, axis=1)
     expert_key = np.where(remote, random_raw((T, NUM_EXPERTS)), np.iinfo(np.uint64).max)
-    return chosen | (ranks(expert_key) < TOP_K - rows_per_token)
+    return chosen | (ranks(expert_key) < TOP_K - chosen.sum(axis=1, keepdims=True))
 
 
 def ranks(keys: np.ndarray) -> np.ndarray:

@@ -3,23 +3,61 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
+import torch
 
-from scripts.plot import draw
-from scripts.readme import README, RESULTS, render_readme
+from scripts.plot import MISS, draw, draw_sweep
+from scripts.readme import README, RESULTS, SWEEP, render_readme
+from scripts.sweep_report import Sweep, read_sweep
+from scripts.workloads import SPREADS
+from solution.triton import contract, tuning
+from solution.triton.workspace import allocate
+from tests.test_sweep import CEILINGS, a_sweep, point
 
 
 def test_results_are_current():
     """A figure edited by hand, or results checked in without `python -m scripts.readme`."""
     text = README.read_text(encoding="utf-8")
-    assert render_readme(text, json.loads(RESULTS.read_text(encoding="utf-8"))) == text
+    sweep = read_sweep(SWEEP) if SWEEP.exists() else None
+    assert render_readme(text, json.loads(RESULTS.read_text(encoding="utf-8")), sweep) == text
 
 
-def test_missing_markers():
-    """Without its markers the section would silently stay as it is."""
-    with pytest.raises(ValueError, match="expected '<!-- results: begin -->'"):
-        render_readme("# no section", json.loads(RESULTS.read_text(encoding="utf-8")))
+@pytest.mark.parametrize("section", ["results", "sweep"])
+def test_missing_markers(section):
+    """Without its markers a section would silently stay as it is."""
+    text = README.read_text(encoding="utf-8").replace(f"<!-- {section}: begin -->", "")
+    with pytest.raises(ValueError, match=f"expected '<!-- {section}: begin -->'"):
+        render_readme(text, json.loads(RESULTS.read_text(encoding="utf-8")), None)
+
+
+def test_sweep_in_the_readme():
+    """Every part of a sweep and every miss is written; a sweep that is not there leaves an empty section."""
+    text, results = README.read_text(encoding="utf-8"), json.loads(RESULTS.read_text(encoding="utf-8"))
+    good = a_sweep()
+    rendered = render_readme(text, results, good)
+    assert "| us | T = 16 |\n|--:|--:|\n| routing: `_top_k_kernel` | 3.0 |" in rendered and "No misses." in rendered
+    assert all(f"| {spread} | 900.0 |" in rendered for spread in SPREADS) and "| 7 | 150 | 90 |" in rendered
+    bad = replace(good, tokens=[*good.tokens, point(384, 1.0)])
+    assert "- T = 256: 160.00 x T = 384 (at most 1.05)" in render_readme(text, results, bad)
+    assert render_readme(rendered, results, None) == render_readme(text, results, None)
+
+
+@pytest.mark.parametrize("T", [1, 80, 1024, 1025, 14_107, 16_384, contract.MAX_TOKENS])
+def test_scratch_memory(T):
+    """The README's formula, and its figures, are what a call allocates."""
+    H, I, R = contract.HIDDEN_SIZE, contract.INTERMEDIATE_SIZE, 8 * T  # noqa: E741 - named as in the README
+    text = README.read_text(encoding="utf-8")
+    formula = "R (4 H + 6 I + I / 32 + 16)" if T <= 1024 else "R (4 H + I + I / 32 + 16)"
+    assert formula in text
+    workspace = allocate(T, H, I, tuning.select_config(T, 132, (9, 0)), torch.device("meta"))
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in workspace}
+    allocated = sum(storages.values())
+    expected = R * (4 * H + (6 if T <= 1024 else 1) * I + I / 32 + 16)
+    assert expected <= allocated < 1.01 * expected
+    if T in (1024, 16_384):
+        assert f"{allocated / 1e9:.2f} GB at {'T = 1024' if T == 1024 else '16,384'}" in text
 
 
 def test_picture(tmp_path):
@@ -35,3 +73,19 @@ def test_picture_of_nothing(tmp_path):
     """A run in which nothing could be measured has no picture."""
     with pytest.raises(ValueError, match="expected measured workloads, found none"):
         draw({"gpu": "X", "workloads": []}, tmp_path / "picture.svg")
+
+
+def test_sweep_picture(tmp_path):
+    """Both axes have their points, and one beyond a limit is marked."""
+    good = a_sweep()
+    draw_sweep(good, tmp_path / "good.svg")
+    draw_sweep(replace(good, tokens=[*good.tokens, point(384, 900.0)]), tmp_path / "bad.svg")
+    good_picture, bad_picture = ((tmp_path / name).read_text(encoding="utf-8") for name in ("good.svg", "bad.svg"))
+    assert "active experts" in good_picture and "time / floor" in good_picture
+    assert MISS not in good_picture and MISS in bad_picture
+
+
+def test_sweep_picture_of_nothing(tmp_path):
+    """A sweep without points over T has no picture."""
+    with pytest.raises(ValueError, match="expected points over T and over active experts, found 0 and 0"):
+        draw_sweep(Sweep("X", None, {}, None, CEILINGS, 1), tmp_path / "picture.svg")

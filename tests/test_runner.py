@@ -449,7 +449,9 @@ def test_span_covers_overlapping_kernels() -> None:
         Activity("fill", 2152.0, 2242.0), Activity(SPIN, 2242.0, 4242.0),
         Activity("gemm1", 4243.0, 4253.0), Activity(SPIN, 4254.0, 4255.0),
     ]  # fmt: skip
-    assert span.split_calls(activities[::-1], repeats=2) == [span.Call(59.0, 2000.0), span.Call(10.0, 2000.0)]
+    first, second = span.split_calls(activities[::-1], repeats=2)
+    assert (first.span_us, first.spin_us, second.span_us, second.spin_us) == (59.0, 2000.0, 10.0, 2000.0)
+    assert [activity.name for activity in first.activities] == ["gemm1", "Memset", "gemm2"]
 
 
 def test_lost_records_are_an_error() -> None:
@@ -462,10 +464,10 @@ def test_lost_records_are_an_error() -> None:
 
 def test_calls_that_were_not_queued_are_dropped() -> None:
     """A call launched too late measures Python; a few are dropped, and most of them being late is an error."""
-    calls = [span.Call(10.0, 2000.0), span.Call(20.0, 2000.0), span.Call(500.0, 2000.0)]
-    assert span.summarize(calls, [300.0, 300.0, 5000.0]) == span.Span(15.0, 10.0, 20.0)
+    calls = [span.Call((Activity("gemm1", 7.0, 7.0 + span_us),), 2000.0) for span_us in (10.0, 20.0, 500.0)]
+    assert span.summarize(span.queued_calls(calls, [300.0, 300.0, 5000.0])) == span.Span(15.0, 10.0, 20.0)
     with pytest.raises(RuntimeError, match="the call waits for the GPU"):
-        span.summarize(calls, [300.0, 5000.0, 5000.0])
+        span.queued_calls(calls, [300.0, 5000.0, 5000.0])
 
 
 @needs_gpu
