@@ -85,6 +85,7 @@ class Lists:
     """What routing leaves in the workspace for the later stages, named and shaped as there."""
 
     topk_weights: torch.Tensor
+    expert_masks: torch.Tensor
     token_rows: torch.Tensor
     row_tokens: torch.Tensor
     tile_experts: torch.Tensor
@@ -92,6 +93,7 @@ class Lists:
     tile_ends: torch.Tensor
     num_tiles: torch.Tensor
     arrivals: torch.Tensor
+    stored: torch.Tensor
     ticket: torch.Tensor
 
 
@@ -116,17 +118,19 @@ def routing_lists(ids: torch.Tensor, weights: torch.Tensor, block_m: int, num_ch
     padding = max_tiles(num_tokens, block_m) - len(tiles)
     padded = torch.tensor(tiles + [(5, 5, 5)] * padding, dtype=torch.int32)
     tile_experts, tile_starts, tile_ends = (column.to(device, copy=True) for column in padded.T.contiguous())
-    arrivals = torch.full((len(tiles) + padding, num_channel_groups + 1), 5, dtype=torch.int32, device=device)
-    arrivals[: len(tiles)] = 0
+    num_tiles = len(tiles) + padding
+    masks = torch.where(ids >= 0, 2 ** ids.clamp(min=0), 0).sum(1)
     return Lists(
         topk_weights=weights.float(),
+        expert_masks=torch.where(masks < 2**31, masks, masks - 2**32).int(),
         token_rows=token_rows.int(),
         row_tokens=row_tokens.int(),
         tile_experts=tile_experts,
         tile_starts=tile_starts,
         tile_ends=tile_ends,
         num_tiles=torch.tensor([len(tiles)], dtype=torch.int32, device=device),
-        arrivals=arrivals,
+        arrivals=torch.zeros(num_tiles, num_channel_groups, dtype=torch.int32, device=device),
+        stored=torch.zeros(num_tiles, dtype=torch.int32, device=device),
         ticket=torch.zeros(1, dtype=torch.int32, device=device),
     )
 
