@@ -82,7 +82,8 @@ def compile_launch(launch: Launch, capability: int) -> Resources:
     params = launch.kernel.params
     constexprs = {p.name: launch.arguments[p.name] for p in params if p.is_constexpr}
     signature = {
-        p.name: "constexpr" if p.is_constexpr else mangle_type(launch.arguments[p.name]) for p in params
+        p.name: "constexpr" if p.is_constexpr else p.annotation_type or mangle_type(launch.arguments[p.name])
+        for p in params
     }
     attrs = {(i,): [["tt.divisibility", 16]] for i, p in enumerate(params) if signature[p.name].startswith("*")}
     source_type = GluonASTSource if launch.kernel.is_gluon() else ASTSource

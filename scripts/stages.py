@@ -23,6 +23,8 @@ STAGES = {
     "_fused_kernel": ("GEMM1 + GEMM2",),
     "_streaming_kernel": ("GEMM1", "GEMM2"),
     "_tiled_kernel": ("GEMM1", "GEMM2"),
+    "_gemm1_kernel": ("GEMM1",),
+    "_gemm2_kernel": ("GEMM2",),
     "_finalize_kernel": ("finalize",),
 }
 OTHER = "other"  # what a call runs and the table does not know: a copy, a kernel of PyTorch's

@@ -86,6 +86,7 @@ class Lists:
     """What routing leaves in the workspace for the later stages, named and shaped as there."""
 
     topk_weights: torch.Tensor
+    expert_masks: torch.Tensor
     token_rows: torch.Tensor
     row_tokens: torch.Tensor
     first_tiles: torch.Tensor
@@ -94,7 +95,9 @@ class Lists:
     tile_ends: torch.Tensor
     num_tiles: torch.Tensor
     arrivals: torch.Tensor
-    tickets: torch.Tensor
+    stored: torch.Tensor
+    ticket: torch.Tensor
+    gemm2_ticket: torch.Tensor
 
 
 def routing_lists(ids: torch.Tensor, weights: torch.Tensor, config: Config, num_channel_groups: int) -> Lists:
@@ -123,10 +126,11 @@ def routing_lists(ids: torch.Tensor, weights: torch.Tensor, config: Config, num_
     padding = max_tiles(num_tokens, config.block_m) - len(tiles)
     padded = torch.tensor(tiles + [(5, 5, 5)] * padding, dtype=torch.int32)
     tile_experts, tile_starts, tile_ends = (column.to(device, copy=True) for column in padded.T.contiguous())
-    arrivals = torch.full((len(tiles) + padding, num_channel_groups + 1), 5, dtype=torch.int32, device=device)
-    arrivals[: len(tiles)] = 0
+    counted_tiles = len(tiles) + padding if config.streaming else 0
+    masks = torch.where(ids >= 0, 2 ** ids.clamp(min=0), 0).sum(1)
     return Lists(
         topk_weights=weights.float(),
+        expert_masks=torch.where(masks < 2**31, masks, masks - 2**32).int(),
         token_rows=token_rows.int(),
         row_tokens=row_tokens.int(),
         first_tiles=first_tiles,
@@ -134,8 +138,10 @@ def routing_lists(ids: torch.Tensor, weights: torch.Tensor, config: Config, num_
         tile_starts=tile_starts,
         tile_ends=tile_ends,
         num_tiles=torch.tensor([len(tiles)], dtype=torch.int32, device=device),
-        arrivals=arrivals,
-        tickets=torch.zeros(2, dtype=torch.int32, device=device),
+        arrivals=torch.zeros(counted_tiles, num_channel_groups, dtype=torch.int32, device=device),
+        stored=torch.zeros(counted_tiles, dtype=torch.int32, device=device),
+        ticket=torch.zeros(1, dtype=torch.int32, device=device),
+        gemm2_ticket=torch.zeros(1, dtype=torch.int32, device=device),
     )
 
 

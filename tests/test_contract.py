@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from solution.triton import contract, main
-from solution.triton.contract import TENSORS, check_arguments, gpu_properties
+from solution.triton.contract import TENSORS, check_arguments
 
 TOKENS = 2
 SCALARS = {"local_expert_offset": 32, "routed_scaling_factor": 2.5}
@@ -161,6 +161,7 @@ def test_all_tensors_on_an_unsupported_device():
 @pytest.mark.parametrize("major, supported", [(8, False), (9, True), (10, True), (12, False)])
 def test_gpu_generation(monkeypatch, major, supported):
     """A GPU without a table of tile shapes is refused by name; nothing else depends on the machine's own GPU."""
+    gpu_properties = contract.gpu_properties.__wrapped__  # without its cache
     properties = SimpleNamespace(name="NVIDIA X", major=major, minor=0, multi_processor_count=148)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     if supported:
@@ -172,6 +173,7 @@ def test_gpu_generation(monkeypatch, major, supported):
 
 def test_cpu_needs_the_interpreter(monkeypatch):
     """Compiled kernels cannot run on a CPU; in the interpreter it stands in for one Hopper SM."""
+    gpu_properties = contract.gpu_properties.__wrapped__  # without its cache
     monkeypatch.setattr(contract, "INTERPRETED", True)
     assert gpu_properties(torch.device("cpu")) == (1, (10, 0))
     monkeypatch.setattr(contract, "INTERPRETED", False)

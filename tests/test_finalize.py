@@ -31,7 +31,7 @@ def finalized(ids: torch.Tensor, hidden_size: int, device: torch.device, config:
     ws.expert_rows.fill_(float("nan"))
     ws.expert_rows[rows] = (torch.randn(len(rows), hidden_size, generator=generator) * 1e5).to(ws.expert_rows)
     output = torch.empty(len(ids), hidden_size, dtype=torch.bfloat16, device=device)
-    finalize(ws, output)
+    finalize(ws, output, config)
     return output, ws
 
 
@@ -41,6 +41,10 @@ def finalized(ids: torch.Tensor, hidden_size: int, device: torch.device, config:
 def test_weighted_sum(device, config, name, hidden_size):
     """Every element is the sum of exactly the token's rows, whatever was in output and in unused rows."""
     output, ws = finalized(cases.distributions(16)[name], hidden_size, device, config)
+    if config.kernels == "hopper":  # whose GEMM1 has written the zeros
+        remote = (ws.token_rows < 0).all(1)
+        assert output[remote].isnan().all(), "written twice"
+        output[remote] = 0
     reference.assert_within(output, reference.finalize(ws.expert_rows, ws.topk_weights, ws.token_rows))
 
 
@@ -59,7 +63,7 @@ def test_sum_is_in_the_order_of_the_slots(device):
     terms = torch.tensor([2.0**24, 1.0, 1.0, -(2.0**24), 1.0, 2.0**25, 4.0, -(2.0**25)])
     output = torch.empty(1, 128, dtype=torch.bfloat16, device=device)
     ws.expert_rows.copy_(terms[:, None].repeat(1, 128))
-    finalize(ws, output)
+    finalize(ws, output, cases.STREAMING)
     expected = torch.zeros(())
     for term in terms:
         expected = expected + term

@@ -47,10 +47,14 @@ def run_gemm1(
 ) -> Workspace:
     """The workspace after a call on fresh lists."""
     ws = workspace_of(ids, config, weights["gemm1_weights"].device)
+    output = torch.empty(len(ids), H, dtype=torch.bfloat16, device=weights["gemm1_weights"].device)
     gemm1_swiglu(
         **activations, weights=weights["gemm1_weights"], weights_scale=weights["gemm1_weights_scale"], workspace=ws,
-        config=config,
+        config=config, output=output,
     )
+    remote = (ids < 0).all(1).to(output.device)
+    assert (output[remote] == 0).all() if config.kernels == "hopper" else output[remote].isnan().all()
+    assert output[~remote].isnan().all()
     return ws
 
 
@@ -139,7 +143,7 @@ def test_fused_gemms(device, weights, config, name):
     num_rows = int((ids >= 0).sum())
     rows = [cases.signature(ws.expert_rows[:num_rows]) for ws in (fused, separate)]
     assert torch.equal(*rows)
-    assert int(fused.tickets[0]) == int(fused.num_tiles) * (I // config.gemm1.block_n + H // config.gemm2.block_n)
+    assert int(fused.ticket) == int(fused.num_tiles) * (I // config.gemm1.block_n + H // config.gemm2.block_n)
 
 
 @triton.jit

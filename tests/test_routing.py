@@ -48,8 +48,9 @@ def check(routing: Workspace, logits: torch.Tensor, bias: torch.Tensor, offset: 
     assert torch.equal(routing.first_tiles, expected.first_tiles)
     for name in ("tile_experts", "tile_starts", "tile_ends"):
         assert torch.equal(getattr(routing, name)[:num_tiles], getattr(expected, name)[:num_tiles]), name
-    assert (routing.arrivals[:num_tiles] == 0).all() and routing.arrivals.shape[1] == NUM_CHANNEL_GROUPS + 1
-    assert (routing.tickets == 0).all() and len(routing.tickets) == 2
+    assert torch.equal(routing.expert_masks, expected.expert_masks)
+    for name in ("arrivals", "stored", "ticket", "gemm2_ticket"):
+        assert torch.equal(getattr(routing, name), getattr(expected, name)), name
     reference.assert_within(routing.topk_weights, reference.Expected(weights, weights * 2**-19 + 1e-30))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import numbers
 
 import torch
@@ -53,23 +54,34 @@ def check_arguments(arguments: dict[str, object]) -> int:
         raise ValueError(f"hidden_states: expected shape [T, {_H}], got {_shape(hidden_states.shape)}")
     num_tokens = hidden_states.shape[0]
     device = hidden_states.device
-    for name, (shape, dtype) in TENSORS.items():
+    for name, shape, dtype in _expected(num_tokens):
         tensor = arguments[name]
-        expected = tuple(num_tokens if size == "T" else size for size in shape)
-        if tensor.dtype != dtype:
-            raise ValueError(f"{name}: expected dtype {dtype}, got {tensor.dtype}")
-        if tensor.shape != expected:
-            raise ValueError(f"{name}: expected shape {_shape(expected)}, got {_shape(tensor.shape)}")
-        if tensor.device != device:
-            raise ValueError(f"{name}: expected device {device} (that of hidden_states), got {tensor.device}")
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
-        if tensor.data_ptr() % ALIGNMENT:
-            raise ValueError(f"{name}: expected data at a multiple of {ALIGNMENT} bytes, got address "
-                             f"{tensor.data_ptr():#x}")
+        if not (tensor.dtype is dtype and tensor.shape == shape and tensor.device == device
+                and tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0):
+            raise ValueError(f"{name}: expected {_difference(tensor, shape, dtype, device)}")
     if num_tokens > MAX_TOKENS:
         raise ValueError(f"hidden_states: expected at most {MAX_TOKENS} tokens, got {num_tokens}")
     return num_tokens
+
+
+@functools.lru_cache(maxsize=1024)  # making it takes as long as comparing with it
+def _expected(num_tokens: int) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+    """Name, shape and dtype of every tensor."""
+    return [(name, tuple(num_tokens if size == "T" else size for size in shape), dtype)
+            for name, (shape, dtype) in TENSORS.items()]
+
+
+def _difference(tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> str:
+    """What was expected and what came, of the first property that is not as it should be."""
+    if tensor.dtype != dtype:
+        return f"dtype {dtype}, got {tensor.dtype}"
+    if tensor.shape != shape:
+        return f"shape {_shape(shape)}, got {_shape(tensor.shape)}"
+    if tensor.device != device:
+        return f"device {device} (that of hidden_states), got {tensor.device}"
+    if not tensor.is_contiguous():
+        return f"a contiguous tensor, got strides {tensor.stride()}"
+    return f"data at a multiple of {ALIGNMENT} bytes, got address {tensor.data_ptr():#x}"
 
 
 def _check_number(name: str, value: object, kind: type, expected: str) -> None:
@@ -77,6 +89,7 @@ def _check_number(name: str, value: object, kind: type, expected: str) -> None:
         raise TypeError(f"{name}: expected {expected}, got {_type_name(value)}")
 
 
+@functools.lru_cache  # a device's do not change
 def gpu_properties(device: torch.device) -> tuple[int, tuple[int, int]]:
     """Return (SM count, compute capability) of a supported device; the interpreter stands in for one
     Blackwell SM, whose table has no Gluon kernels: those the interpreter cannot run.

@@ -9,8 +9,6 @@ those wait for nobody. That needs no particular order of starting programs and n
 a kernel that occupies part of the GPU only delays.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl
@@ -40,14 +38,14 @@ def fused_gemms(
     num_tokens, hidden_size = hidden_states.shape
     intermediate_size = gemm2_weights.shape[2]
     device = hidden_states.device
-    ws, gemm1, gemm2 = workspace, config.gemm1, config.gemm2
-    num_units = ws.max_tiles * (intermediate_size // gemm1.block_n + hidden_size // gemm2.block_n)
+    ws, gemm1, gemm2 = workspace.pointers, config.gemm1, config.gemm2
+    num_units = workspace.max_tiles * (intermediate_size // gemm1.block_n + hidden_size // gemm2.block_n)
     launch(
         device, _fused_kernel, (num_units, 1),
         hidden_states, hidden_states_scale, gemm1_weights, gemm1_weights_scale, gemm2_weights, gemm2_weights_scale,
         ws.row_tokens, ws.tile_experts, ws.tile_starts, ws.tile_ends, ws.num_tiles,
-        ws.intermediate, ws.intermediate_scale, ws.expert_rows, num_tokens, ws.max_rows,
-        ws.parts, ws.arrivals, ws.tickets,
+        ws.intermediate, ws.intermediate_scale, ws.expert_rows, num_tokens, workspace.max_rows,
+        ws.parts, ws.arrivals, ws.stored, ws.ticket,
         H=hidden_size, I=intermediate_size, BLOCK_M=config.block_m,
         BLOCK_N1=gemm1.block_n, NUM_STAGES1=gemm1.num_stages, UNROLL1=gemm1.unroll,
         BLOCK_N2=gemm2.block_n, NUM_STAGES2=gemm2.num_stages, UNROLL2=gemm2.unroll,
@@ -58,25 +56,26 @@ def fused_gemms(
 
 @triton.jit(do_not_specialize=["T", "R"])
 def _fused_kernel(
-    x_ptr,  # [T, H] float8_e4m3fn
-    x_scale_ptr,  # [H / 128, T] float32
-    w1_ptr,  # [E, 2 I, H] float8_e4m3fn
-    w1_scale_ptr,  # [E, 2 I / 128, H / 128] float32
-    w2_ptr,  # [E, H, I] float8_e4m3fn
-    w2_scale_ptr,  # [E, H / 128, I / 128] float32
-    row_tokens_ptr,  # [R] int32
-    tile_experts_ptr,  # [tiles] int32
-    tile_starts_ptr,  # [tiles] int32
-    tile_ends_ptr,  # [tiles] int32
-    num_tiles_ptr,  # [1] int32
-    c_ptr,  # scratch [R, I] float16
-    c_scale_ptr,  # scratch [I / 128, R] float32
-    out_ptr,  # out [R, H] float32
+    x_ptr: "*fp8e4nv",  # [T, H]
+    x_scale_ptr: "*fp32",  # [H / 128, T]
+    w1_ptr: "*fp8e4nv",  # [E, 2 I, H]
+    w1_scale_ptr: "*fp32",  # [E, 2 I / 128, H / 128]
+    w2_ptr: "*fp8e4nv",  # [E, H, I]
+    w2_scale_ptr: "*fp32",  # [E, H / 128, I / 128]
+    row_tokens_ptr: "*i32",  # [R]
+    tile_experts_ptr: "*i32",  # [tiles]
+    tile_starts_ptr: "*i32",  # [tiles]
+    tile_ends_ptr: "*i32",  # [tiles]
+    num_tiles_ptr: "*i32",  # [1]
+    c_ptr: "*fp16",  # scratch [R, I]
+    c_scale_ptr: "*fp32",  # scratch [I / 128, R]
+    out_ptr: "*fp32",  # out [R, H]
     T,
     R,
-    parts_ptr,  # scratch [R, I] float32
-    arrivals_ptr,  # [tiles, I / 128 + 1] int32, zeros at the start
-    tickets_ptr,  # [2] int32, the first zero at the start
+    parts_ptr: "*fp32",  # scratch [R, I]
+    arrivals_ptr: "*i32",  # [tiles, I / 128], zeros at the start
+    stored_ptr: "*i32",  # [tiles], zeros at the start
+    ticket_ptr: "*i32",  # [1], zero at the start
     H: tl.constexpr,
     I: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -104,18 +103,21 @@ def _fused_kernel(
     num_gemm1 = tl.load(num_tiles_ptr) * N1
     if pid >= num_gemm1 + tl.load(num_tiles_ptr) * N2:
         return
-    ticket = tl.atomic_add(tickets_ptr, 1, sem="relaxed", scope="gpu")
+    ticket = tl.atomic_add(ticket_ptr, 1, sem="relaxed", scope="gpu")
     if ticket < num_gemm1:
-        gemm1_streaming_tile(
-            ticket // N1, ticket % N1, x_ptr, x_scale_ptr, w1_ptr, w1_scale_ptr, row_tokens_ptr, tile_experts_ptr,
+        tile = ticket // N1
+        is_last = gemm1_streaming_tile(
+            tile, ticket % N1, x_ptr, x_scale_ptr, w1_ptr, w1_scale_ptr, row_tokens_ptr, tile_experts_ptr,
             tile_starts_ptr, tile_ends_ptr, c_ptr, c_scale_ptr, T, R, parts_ptr, arrivals_ptr,
             H, I, BLOCK_M, BLOCK_N1, NUM_STAGES1, EMULATE_FP8, UNROLL1,
         )
+        if is_last:
+            tl.debug_barrier()
+            tl.atomic_add(stored_ptr + tile, 1, sem="release", scope="gpu")
     else:
         ticket -= num_gemm1
         tile = ticket // N2
-        stored_ptr = arrivals_ptr + tile * (GROUPS + 1) + GROUPS
-        while tl.atomic_add(stored_ptr, 0, sem="acquire", scope="gpu") < GROUPS:
+        while tl.atomic_add(stored_ptr + tile, 0, sem="acquire", scope="gpu") < GROUPS:
             pass
         gemm2_streaming_tile(
             tile, ticket % N2, c_ptr, c_scale_ptr, w2_ptr, w2_scale_ptr, tile_experts_ptr, tile_starts_ptr,

@@ -8,8 +8,6 @@ of the product, so that 16 rows fill a tensor-core instruction. *Tiled*: many ro
 are the M side, so that a promotion needs one scale a row.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl
@@ -30,6 +28,7 @@ def gemm1_swiglu(
     weights_scale: torch.Tensor,
     workspace: Workspace,
     config: Config,
+    output: torch.Tensor,
 ) -> None:
     """Compute the workspace's intermediate, silu(gate) * up for every row.
 
@@ -40,17 +39,18 @@ def gemm1_swiglu(
         weights_scale: [E, 2 I / 128, H / 128] float32.
         workspace: lists whose tiles have config.block_m rows.
         config: tile shapes and the intermediate's format.
+        output: [T, H] bfloat16; the Hopper kernels write the rows of tokens without a local expert.
     """
     if config.kernels == "hopper":
-        hopper_gemm1(hidden_states, hidden_states_scale, weights, weights_scale, workspace, config)
+        hopper_gemm1(hidden_states, hidden_states_scale, weights, weights_scale, workspace, config, output)
         return
     num_tokens, hidden_size = hidden_states.shape
     intermediate_size = weights.shape[1] // 2
     device = hidden_states.device
-    ws, tile = workspace, config.gemm1
-    num_units = ws.max_tiles * (intermediate_size // tile.block_n)
+    ws, tile = workspace.pointers if config.streaming else workspace, config.gemm1
+    num_units = workspace.max_tiles * (intermediate_size // tile.block_n)
     rest = (weights_scale, ws.row_tokens, ws.tile_experts, ws.tile_starts, ws.tile_ends, ws.num_tiles,
-            ws.intermediate, ws.intermediate_scale, num_tokens, ws.max_rows)
+            ws.intermediate, ws.intermediate_scale, num_tokens, workspace.max_rows)
     constants = dict(
         H=hidden_size, I=intermediate_size, BLOCK_M=config.block_m, BLOCK_N=tile.block_n, NUM_STAGES=tile.num_stages,
         EMULATE_FP8=INTERPRETED,
@@ -66,21 +66,21 @@ def gemm1_swiglu(
 
 @triton.jit(do_not_specialize=["T", "R"])
 def _streaming_kernel(
-    x_ptr,  # [T, H] float8_e4m3fn
-    x_scale_ptr,  # [H / 128, T] float32
-    w_ptr,  # [E, 2 I, H] float8_e4m3fn
-    w_scale_ptr,  # [E, 2 I / 128, H / 128] float32
-    row_tokens_ptr,  # [R] int32
-    tile_experts_ptr,  # [tiles] int32
-    tile_starts_ptr,  # [tiles] int32
-    tile_ends_ptr,  # [tiles] int32
-    num_tiles_ptr,  # [1] int32
-    c_ptr,  # out [R, I]
-    c_scale_ptr,  # out [I / 128, R] float32
+    x_ptr: "*fp8e4nv",  # [T, H]
+    x_scale_ptr: "*fp32",  # [H / 128, T]
+    w_ptr: "*fp8e4nv",  # [E, 2 I, H]
+    w_scale_ptr: "*fp32",  # [E, 2 I / 128, H / 128]
+    row_tokens_ptr: "*i32",  # [R]
+    tile_experts_ptr: "*i32",  # [tiles]
+    tile_starts_ptr: "*i32",  # [tiles]
+    tile_ends_ptr: "*i32",  # [tiles]
+    num_tiles_ptr: "*i32",  # [1]
+    c_ptr: "*fp16",  # out [R, I]
+    c_scale_ptr: "*fp32",  # out [I / 128, R]
     T,
     R,
-    parts_ptr,  # scratch [R, I] float32
-    arrivals_ptr,  # [tiles, I / 128 + 1] int32, zeros at the start
+    parts_ptr: "*fp32",  # scratch [R, I]
+    arrivals_ptr: "*i32",  # [tiles, I / 128], zeros at the start
     H: tl.constexpr,
     I: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -113,6 +113,7 @@ def gemm1_streaming_tile(
     """Channels pid_n * BLOCK_N.. of one tile; arguments as in `_streaming_kernel`.
 
     The channels' up and gate rows of W alternate in one operand of 2 BLOCK_N rows and share tensor-core instructions.
+    Returns whether this call was the one that stored the channels' group.
     """
     K_BLOCKS: tl.constexpr = H // 128
     GROUPS: tl.constexpr = I // 128
@@ -148,14 +149,13 @@ def gemm1_streaming_tile(
     offs_row = rows[:, None].to(tl.int64) * I
     tl.store(parts_ptr + offs_row + (pid_n * BLOCK_N + tl.arange(0, BLOCK_N))[None, :], out, mask=mask_m[:, None])
     tl.debug_barrier()
-    arrivals_ptr += tile * (GROUPS + 1)
-    arrived = tl.atomic_add(arrivals_ptr + group, 1, sem="acq_rel", scope="gpu")
-    if arrived == 128 // BLOCK_N - 1:
+    arrived = tl.atomic_add(arrivals_ptr + tile * GROUPS + group, 1, sem="acq_rel", scope="gpu")
+    is_last = arrived == 128 // BLOCK_N - 1
+    if is_last:
         whole = tl.load(parts_ptr + offs_row + (group * 128 + offs_k)[None, :], mask=mask_m[:, None], other=0.0,
                         cache_modifier=".cg")
         store_channel_group(c_ptr, c_scale_ptr, whole, rows, mask_m, group, R, I, EMULATE_FP8)
-        tl.debug_barrier()
-        tl.atomic_add(arrivals_ptr + GROUPS, 1, sem="release", scope="gpu")
+    return is_last
 
 
 @triton.jit

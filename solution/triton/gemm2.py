@@ -4,8 +4,6 @@ Streaming and tiled kernels as in gemm1_swiglu.py. The streaming kernel takes th
 weights into float16 in registers, which is exact.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl
@@ -31,9 +29,10 @@ def gemm2(weights: torch.Tensor, weights_scale: torch.Tensor, workspace: Workspa
         return
     _, hidden_size, intermediate_size = weights.shape
     device = weights.device
-    ws, tile = workspace, config.gemm2
-    num_units = ws.max_tiles * (hidden_size // tile.block_n)
-    rest = (weights_scale, ws.tile_experts, ws.tile_starts, ws.tile_ends, ws.num_tiles, ws.expert_rows, ws.max_rows)
+    ws, tile = workspace.pointers if config.streaming else workspace, config.gemm2
+    num_units = workspace.max_tiles * (hidden_size // tile.block_n)
+    rest = (weights_scale, ws.tile_experts, ws.tile_starts, ws.tile_ends, ws.num_tiles, ws.expert_rows,
+            workspace.max_rows)
     constants = dict(
         H=hidden_size, I=intermediate_size, BLOCK_M=config.block_m, BLOCK_N=tile.block_n, NUM_STAGES=tile.num_stages
     )
@@ -49,15 +48,15 @@ def gemm2(weights: torch.Tensor, weights_scale: torch.Tensor, workspace: Workspa
 
 @triton.jit(do_not_specialize=["R"])
 def _streaming_kernel(
-    c_ptr,  # [R, I] float16
-    c_scale_ptr,  # [I / 128, R] float32
-    w_ptr,  # [E, H, I] float8_e4m3fn
-    w_scale_ptr,  # [E, H / 128, I / 128] float32
-    tile_experts_ptr,  # [tiles] int32
-    tile_starts_ptr,  # [tiles] int32
-    tile_ends_ptr,  # [tiles] int32
-    num_tiles_ptr,  # [1] int32
-    out_ptr,  # out [R, H] float32
+    c_ptr: "*fp16",  # [R, I]
+    c_scale_ptr: "*fp32",  # [I / 128, R]
+    w_ptr: "*fp8e4nv",  # [E, H, I]
+    w_scale_ptr: "*fp32",  # [E, H / 128, I / 128]
+    tile_experts_ptr: "*i32",  # [tiles]
+    tile_starts_ptr: "*i32",  # [tiles]
+    tile_ends_ptr: "*i32",  # [tiles]
+    num_tiles_ptr: "*i32",  # [1]
+    out_ptr: "*fp32",  # out [R, H]
     R,
     H: tl.constexpr,
     I: tl.constexpr,

@@ -1,4 +1,8 @@
-"""GEMM1 and SwiGLU for many rows on Hopper: warp-specialised (see hopper_pipeline.py), float8 result."""
+"""GEMM1 and SwiGLU for many rows on Hopper: warp-specialised (see hopper_pipeline.py), float8 result.
+
+Memory is not busy while the tensor cores are, so the row loader also writes the output rows of the tokens that have no
+local expert: zeros, half of the output and more.
+"""
 
 # Without `from __future__ import annotations`: an aggregate's annotations must be types.
 
@@ -31,22 +35,25 @@ def hopper_gemm1(
     weights_scale: torch.Tensor,
     workspace: Workspace,
     config: Config,
+    output: torch.Tensor,
 ) -> None:
-    """Compute the workspace's float8 intermediate; arguments as of `gemm1_swiglu.gemm1_swiglu`, tiles of 128 rows that
-    start at multiples of 64."""
+    """Compute the workspace's float8 intermediate, and write output's rows [T, H] bfloat16 of tokens without a row.
+
+    Arguments as of `gemm1_swiglu.gemm1_swiglu`; tiles of 128 rows, each expert's first row at a multiple of 64.
+    """
     num_tokens, hidden_size = hidden_states.shape
     intermediate_size = weights.shape[1] // 2
     k_blocks = hidden_size // 128
-    ws = workspace
+    ws = workspace.pointers
     w_desc = TensorDescriptor.from_tensor(weights.view(-1, hidden_size), [128, 128], FLOAT8_LAYOUT)
     w_scale_desc = TensorDescriptor.from_tensor(weights_scale.view(-1, k_blocks), scale_box(k_blocks), SCALE_LAYOUT)
-    out_desc = TensorDescriptor.from_tensor(ws.intermediate, [64, 128], FLOAT8_LAYOUT)
-    num_units = ws.max_tiles * (intermediate_size // 128)
+    out_desc = TensorDescriptor.from_tensor(workspace.intermediate, [64, 128], FLOAT8_LAYOUT)
+    num_units = workspace.max_tiles * (intermediate_size // 128)
     launch(
         hidden_states.device, _gemm1_kernel, (min(num_units, config.num_sms), 1),
         hidden_states, hidden_states_scale, w_desc, w_scale_desc, ws.row_tokens, ws.first_tiles, ws.tile_experts,
-        ws.tile_starts, ws.tile_ends, ws.num_tiles, ws.tickets, out_desc, ws.intermediate_scale, num_tokens,
-        ws.max_rows,
+        ws.tile_starts, ws.tile_ends, ws.num_tiles, ws.ticket, out_desc, ws.intermediate_scale, ws.expert_masks, output,
+        num_tokens, workspace.max_rows,
         H=hidden_size, I=intermediate_size, STAGES=config.gemm1.num_stages, BATCH=config.gemm1.unroll,
         num_warps=config.gemm1.num_warps, max_registers=MAX_REGISTERS,
     )
@@ -54,19 +61,21 @@ def hopper_gemm1(
 
 @gluon.jit(do_not_specialize=["T", "R"])
 def _gemm1_kernel(
-    x_ptr,  # [T, H] float8_e4m3fn
-    x_scale_ptr,  # [H / 128, T] float32
+    x_ptr: "*fp8e4nv",  # [T, H]
+    x_scale_ptr: "*fp32",  # [H / 128, T]
     w_desc,  # [E * 2 I, H] float8_e4m3fn, block [128, 128]
     w_scale_desc,  # [E * 2 I / 128, H / 128] float32, block [1, at least H / 128]
-    row_tokens_ptr,  # [R] int32
-    first_tiles_ptr,  # [E + 1] int32
-    tile_experts_ptr,  # [tiles] int32
-    tile_starts_ptr,  # [tiles] int32
-    tile_ends_ptr,  # [tiles] int32
-    num_tiles_ptr,  # [1] int32
-    ticket_ptr,  # [1] int32, zero at the start
+    row_tokens_ptr: "*i32",  # [R]
+    first_tiles_ptr: "*i32",  # [E + 1]
+    tile_experts_ptr: "*i32",  # [tiles]
+    tile_starts_ptr: "*i32",  # [tiles]
+    tile_ends_ptr: "*i32",  # [tiles]
+    num_tiles_ptr: "*i32",  # [1]
+    ticket_ptr: "*i32",  # [1], zero at the start
     out_desc,  # out [R, I] float8_e4m3fn, block [64, 128]
-    out_scale_ptr,  # out [I / 128, R] float32
+    out_scale_ptr: "*fp32",  # out [I / 128, R]
+    expert_masks_ptr: "*i32",  # [T]
+    zeros_ptr: "*bf16",  # out [T, H]: the rows of tokens whose mask is 0
     T,
     R,
     H: gl.constexpr,
@@ -86,7 +95,8 @@ def _gemm1_kernel(
     gl.warp_specialize([
         (consume, (gl.constexpr(0), ring, announcements, sink)),
         (consume, (gl.constexpr(1), ring, announcements, sink)),
-        (_gather_rows, (ring, announcements, x_ptr, x_scale_ptr, row_tokens_ptr, T, gl.constexpr(H))),
+        (_gather_rows, (ring, announcements, x_ptr, x_scale_ptr, row_tokens_ptr, expert_masks_ptr, zeros_ptr, T,
+                        gl.constexpr(H))),
         (produce, (ring, announcements, w_desc, w_scale_desc, first_tiles_ptr, tile_experts_ptr, tile_starts_ptr,
                    tile_ends_ptr, num_tiles_ptr, ticket_ptr, gl.constexpr(BATCH), gl.constexpr(2 * I),
                    gl.constexpr(128), gl.constexpr(I))),
@@ -94,11 +104,13 @@ def _gemm1_kernel(
 
 
 @gluon.jit
-def _gather_rows(ring, announcements, x_ptr, x_scale_ptr, row_tokens_ptr, T, H: gl.constexpr):
+def _gather_rows(ring, announcements, x_ptr, x_scale_ptr, row_tokens_ptr, expert_masks_ptr, zeros_ptr, T,
+                 H: gl.constexpr):
     """The row loader: four warps, since cp.async is issued by the thread and not by the copy engine.
 
     A stage is reported LAG steps after its copies were issued, so that a wait for them finds them complete. The fence
-    lets the tensor cores see what cp.async wrote; in the consumers it would cost a barrier every K block.
+    lets the tensor cores see what cp.async wrote; in the consumers it would cost a barrier every K block. Every fourth
+    step looks at one token, in turn with the other programs, and writes its zeros if it has no row.
     """
     LAG: gl.constexpr = 2
     gl.static_assert(LAG < ring.STAGES, "the row loader would wait for stages that it has not reported")
@@ -109,6 +121,8 @@ def _gather_rows(ring, announcements, x_ptr, x_scale_ptr, row_tokens_ptr, T, H: 
     offs_k = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, layout))
     step = 0
     turn = 0
+    token = gl.program_id(0)
+    expert_mask = gl.load(expert_masks_ptr + token, mask=token < T, other=1)
     unit = announcements.get(turn)
     while unit >= 0:
         first_row, _, num_rows = unpack_unit(unit)
@@ -129,6 +143,8 @@ def _gather_rows(ring, announcements, x_ptr, x_scale_ptr, row_tokens_ptr, T, H: 
             gl.thread_barrier()
             mbarrier.arrive(ring.ready.index((step + ring.STAGES - LAG) % ring.STAGES), count=1, pred=step >= LAG)
             step += 1
+            if step % 4 == 0:
+                token, expert_mask = _zero_and_advance(token, expert_mask, expert_masks_ptr, zeros_ptr, T, H)
         turn += 1
         unit = announcements.get(turn)
     async_copy.wait_group(0)
@@ -136,6 +152,23 @@ def _gather_rows(ring, announcements, x_ptr, x_scale_ptr, row_tokens_ptr, T, H: 
     gl.thread_barrier()
     for i in gl.static_range(LAG):
         mbarrier.arrive(ring.ready.index((step + ring.STAGES - LAG + i) % ring.STAGES), count=1, pred=step > 0)
+    while token < T:
+        token, expert_mask = _zero_and_advance(token, expert_mask, expert_masks_ptr, zeros_ptr, T, H)
+
+
+@gluon.jit
+def _zero_and_advance(token, expert_mask, expert_masks_ptr, zeros_ptr, T, H: gl.constexpr):
+    """Write the token's row of zeros if its mask is 0; return the program's next token and its mask, already on its
+    way when it is asked for."""
+    CHUNK: gl.constexpr = 1024
+    gl.static_assert(H % CHUNK == 0, "whole chunks")
+    layout: gl.constexpr = gl.BlockedLayout([8], [32], [4], [0])
+    if expert_mask == 0:
+        for first in gl.static_range(0, H, CHUNK):
+            zeros = gl.full([CHUNK], 0, gl.bfloat16, layout)
+            gl.store(zeros_ptr + token * H + first + gl.arange(0, CHUNK, layout=layout), zeros)
+    token += gl.num_programs(0)
+    return token, gl.load(expert_masks_ptr + token, mask=token < T, other=1)
 
 
 @aggregate

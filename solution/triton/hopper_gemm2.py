@@ -28,17 +28,17 @@ def hopper_gemm2(weights: torch.Tensor, weights_scale: torch.Tensor, workspace: 
     multiples of 64."""
     _, hidden_size, intermediate_size = weights.shape
     k_blocks = intermediate_size // 128
-    ws = workspace
-    x_desc = TensorDescriptor.from_tensor(ws.intermediate, [64, 128], FLOAT8_LAYOUT)
-    x_scale_desc = TensorDescriptor.from_tensor(ws.intermediate_scale, [1, 128], SCALE_LAYOUT)
+    ws = workspace.pointers
+    x_desc = TensorDescriptor.from_tensor(workspace.intermediate, [64, 128], FLOAT8_LAYOUT)
+    x_scale_desc = TensorDescriptor.from_tensor(workspace.intermediate_scale, [1, 128], SCALE_LAYOUT)
     w_desc = TensorDescriptor.from_tensor(weights.view(-1, intermediate_size), [128, 128], FLOAT8_LAYOUT)
     w_scale_desc = TensorDescriptor.from_tensor(weights_scale.view(-1, k_blocks), scale_box(k_blocks), SCALE_LAYOUT)
-    out_desc = TensorDescriptor.from_tensor(ws.expert_rows, [64, 128], BFLOAT16_LAYOUT)
-    num_units = ws.max_tiles * (hidden_size // 256)
+    out_desc = TensorDescriptor.from_tensor(workspace.expert_rows, [64, 128], BFLOAT16_LAYOUT)
+    num_units = workspace.max_tiles * (hidden_size // 256)
     launch(
         weights.device, _gemm2_kernel, (min(num_units, config.num_sms), 1),
         x_desc, x_scale_desc, w_desc, w_scale_desc, ws.first_tiles, ws.tile_experts, ws.tile_starts, ws.tile_ends,
-        ws.num_tiles, ws.tickets, out_desc,
+        ws.num_tiles, ws.gemm2_ticket, out_desc,
         H=hidden_size, I=intermediate_size, STAGES=config.gemm2.num_stages, BATCH=config.gemm2.unroll,
         num_warps=config.gemm2.num_warps, max_registers=MAX_REGISTERS,
     )
@@ -50,12 +50,12 @@ def _gemm2_kernel(
     x_scale_desc,  # [I / 128, R] float32, block [1, 128]
     w_desc,  # [E * H, I] float8_e4m3fn, block [128, 128]
     w_scale_desc,  # [E * H / 128, I / 128] float32, block [1, at least I / 128]
-    first_tiles_ptr,  # [E + 1] int32
-    tile_experts_ptr,  # [tiles] int32
-    tile_starts_ptr,  # [tiles] int32
-    tile_ends_ptr,  # [tiles] int32
-    num_tiles_ptr,  # [1] int32
-    tickets_ptr,  # [2] int32, the second zero at the start
+    first_tiles_ptr: "*i32",  # [E + 1]
+    tile_experts_ptr: "*i32",  # [tiles]
+    tile_starts_ptr: "*i32",  # [tiles]
+    tile_ends_ptr: "*i32",  # [tiles]
+    num_tiles_ptr: "*i32",  # [1]
+    ticket_ptr: "*i32",  # [1], zero at the start
     out_desc,  # out [R, H] bfloat16, block [64, 128]
     H: gl.constexpr,
     I: gl.constexpr,
@@ -71,7 +71,6 @@ def _gemm2_kernel(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    ticket_ptr = tickets_ptr + 1
     gl.warp_specialize([
         (consume, (gl.constexpr(0), ring, announcements, sink)),
         (consume, (gl.constexpr(1), ring, announcements, sink)),

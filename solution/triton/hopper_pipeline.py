@@ -1,10 +1,10 @@
-"""What Hopper's two warp-specialised GEMMs share: the roles of a program's warps and how they hand work to each other.
+"""What Hopper's two warp-specialised GEMMs share: the roles of a program's warps, and how they pass work on.
 
 A *unit* is up to 128 rows of one expert times 256 rows of its weights. One program an SM works through units in four
 roles. The *producer*, one warp, draws units from a counter, announces them, and copies each K block's weights into a
-stage of a ring. The *row loader* copies the rows and their scales into the same stage. Two *consumers* of four warps own
-64 rows each: while one promotes a product into its float32 accumulators, the tensor cores work for the other. In plain
-Triton products and promotions take turns.
+stage of a ring. The *row loader* copies the rows and their scales into the same stage. Two *consumers* of four warps
+own 64 rows each: while one promotes a product into its float32 accumulators, the tensor cores work for the other. In
+plain Triton products and promotions take turns.
 
 Barriers, and the arrivals that complete a phase:
 
@@ -13,8 +13,8 @@ Barriers, and the arrivals that complete a phase:
     announced[slot]   1   producer: the slot holds the next unit
     seen[slot]        3   row loader and consumers: each has read it
 
-Each role counts K blocks (`step`) and units (`turn`) for itself, all in the same order, so a stage and the phase to wait
-for follow from the count. Who waits for something to be filled starts with phase 0; who waits for room starts with
+Each role counts K blocks (`step`) and units (`turn`) for itself, all in the same order, so a stage and the phase to
+wait for follow from the count. Who waits for something to be filled starts with phase 0; who waits for room starts with
 phase 1, which a fresh barrier lets pass. Nobody waits for another program. Within one, the loaders wait for consumers
 that are at most a ring behind, and everybody for units that the producer announces without waiting for more than that.
 """

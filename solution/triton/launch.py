@@ -36,14 +36,15 @@ def launch(device: torch.device, kernel: triton.JITFunction, grid: tuple[int, in
     Triton's own launcher examines every argument on every call to pick a specialisation. Here nothing that it looks at
     can change under one key: `check_arguments` demands aligned tensors of fixed dtypes, scratch is aligned, and the
     kernels leave their integers unspecialised. So only the first launch goes through it; later ones call the compiled
-    kernel as it would (Triton 3.6), but for its profiling hooks.
+    kernel as it would (Triton 3.6), but for its profiling hooks. A pointer may be an address: it costs the host neither
+    a tensor nor the launcher's query of it, and the kernel's annotation says what it points to.
 
     Args:
         grid: two sizes.
         arguments: the kernel's run-time arguments, in order.
         constants: its constexpr parameters but the last, PDL, in order.
     """
-    key = (kernel, device, num_warps, max_registers, *constants.values())
+    key = (kernel.fn, device, num_warps, max_registers, *constants.values())
     compiled = _compiled.get(key)
     if compiled is not None:
         stream = driver.active.get_current_stream(device.index)
@@ -64,4 +65,12 @@ def pdl_wait(PDL: tl.constexpr):
     """Wait for the previous kernel on the stream and let the next one start to wait for this one."""
     if PDL:
         gdc_wait()
+        gdc_launch_dependents()
+
+
+@triton.jit
+def pdl_trigger(PDL: tl.constexpr):
+    """Let the next kernel start before this one has waited: what that one does ahead of its own wait must need nothing
+    that this one's predecessors write."""
+    if PDL:
         gdc_launch_dependents()

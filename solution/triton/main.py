@@ -60,6 +60,7 @@ def run(
             fused_gemms(hidden_states, hidden_states_scale, gemm1_weights, gemm1_weights_scale,
                         gemm2_weights, gemm2_weights_scale, workspace, config)
         else:
-            gemm1_swiglu(hidden_states, hidden_states_scale, gemm1_weights, gemm1_weights_scale, workspace, config)
+            gemm1_swiglu(hidden_states, hidden_states_scale, gemm1_weights, gemm1_weights_scale, workspace, config,
+                         output)
             gemm2(gemm2_weights, gemm2_weights_scale, workspace, config)
-        finalize(workspace, output)
+        finalize(workspace, output, config)

@@ -57,20 +57,22 @@ class Config:
         return torch.bfloat16 if self.kernels == "hopper" else torch.float32
 
 
-# Keyed by the major compute capability. Hopper's rows were measured (H100 80GB HBM3, 2026-11-22):
+# Keyed by the major compute capability. Hopper's rows were measured on an H100 80GB HBM3, 2026-11-22 and -23:
 # - Fused GEMMs gain 3.5% on average at T <= 80, the prefetch 2 us of it, at 128 registers, so that four programs share
 #   a multiprocessor: three are 2% slower at T >= 16, but 8% faster at T = 15 (9 experts); 96 registers are 10% slower.
-#   With 32 rows a tile, fused loses at T >= 384.
-# - float16 against float8 costs 3% at T = 1024 and 8% at T = 1536: that is the border.
-# - 64 against 128 rows: 662 and 725 us at T = 1536, 748 and 725 at 2048.
+# - The Hopper kernels pass the fused ones between T = 192 (518 and 511 us) and 320 (519, 534). Streaming kernels of 32
+#   rows in two launches, which also keep float16 and `strict`, take 541 us there, 603 at T = 901 (529).
+# - The weights of two K blocks requested together take GEMM1 from 347 to 329 us at T = 901, 449 to 388 at 4096, 635 to
+#   629 at 14107: DRAM answers neighbours faster. GEMM2 181 to 174, 204 to 197, but 301 to 307: so not above T = 6144.
+# - In plain Triton (tiled) GEMM1 takes 777 us at T = 14107, on Hopper's kernels 629; GEMM2 522 and 301.
 TABLES = {
     9: (
         Config(256, 16, "streaming", Tile(32, 4, 2, unroll=2), Tile(64, 4, 2, unroll=2), Fusion(128, 4)),
-        Config(1024, 32, "streaming", Tile(32, 4, 2, unroll=2), Tile(128, 4, 3)),
         Config(6144, 128, "hopper", Tile(128, 4, 4, unroll=2), Tile(256, 4, 4, unroll=2)),
         Config(65_536, 128, "hopper", Tile(128, 4, 4, unroll=2), Tile(256, 4, 4)),
     ),
-    # Not measured: Hopper's rows, with a tiled GEMM1 that does not spill there.
+    # Not measured: what plain Triton does best on Hopper, with a tiled GEMM1 that does not spill there. The interpreter
+    # runs these.
     10: (
         Config(256, 16, "streaming", Tile(32, 4, 2, unroll=2), Tile(64, 4, 2, unroll=2), Fusion(128, 4)),
         Config(1024, 32, "streaming", Tile(32, 4, 2, unroll=2), Tile(128, 4, 3)),
