@@ -21,14 +21,15 @@ def finalize(workspace: Workspace, output: torch.Tensor, config: Config) -> None
     """
     num_tokens, hidden_size = output.shape
     ws = workspace.pointers
-    # Few tokens: many programs. Many: 2 warps of 16-byte loads take 131 us at T = 14107, 4 of 32 bytes 164 (H100,
-    # 2026-11-23).
-    block_h, num_warps = (512, 4) if num_tokens <= 256 else (1024, 2)
+    # Few tokens: many programs, so that none waits long. Many: one a token, as many at once as fit. That takes 86 us at
+    # T = 14107, without the register bound 92, with a program a block 121 (H100, 2026-11-23).
+    few = num_tokens <= 256
+    block_h = 512 if few else 1024
     launch(
-        output.device, _finalize_kernel, (num_tokens, -(-hidden_size // block_h)),
+        output.device, _finalize_kernel, (num_tokens, -(-hidden_size // block_h) if few else 1),
         ws.expert_rows, ws.topk_weights, ws.token_rows, output,
-        IS_BFLOAT16=config.expert_rows_dtype == torch.bfloat16, HAS_ZEROS=config.kernels == "hopper", H=hidden_size,
-        TOP_K=TOP_K, BLOCK_H=block_h, num_warps=num_warps,
+        IS_BFLOAT16=config.expert_rows_dtype == torch.bfloat16, HAS_ZEROS=config.kernels == "hopper", BRANCH=not few,
+        H=hidden_size, TOP_K=TOP_K, BLOCK_H=block_h, num_warps=4, max_registers=None if few else 40,
     )
 
 
@@ -40,17 +41,19 @@ def _finalize_kernel(
     output_ptr: "*bf16",  # out [T, H]
     IS_BFLOAT16: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
+    BRANCH: tl.constexpr,
     H: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (T, cdiv(H, BLOCK_H)): a program owns BLOCK_H values of one token."""
+    """Grid (T, programs): a program takes every programs-th block of BLOCK_H values of one token.
+
+    BRANCH: jump over the slots without a row, for throughput; otherwise all loads are under way at once.
+    """
     if IS_BFLOAT16 and expert_rows_ptr.dtype.element_ty == tl.float32:  # an address: the annotation gives its type
         expert_rows_ptr = expert_rows_ptr.to(tl.pointer_type(tl.bfloat16), bitcast=True)
     token = tl.program_id(0).to(tl.int64)
-    offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    mask_h = offs_h < H
     # Routing is complete before the wait: this kernel can start only when every program of its predecessor has waited.
     rows = ()
     weights = ()
@@ -61,9 +64,16 @@ def _finalize_kernel(
         has_row |= rows[k] >= 0
     pdl_wait(PDL)
     if has_row or not HAS_ZEROS:
-        acc = tl.zeros((BLOCK_H,), tl.float32)
-        for k in tl.static_range(TOP_K):
-            row_ptr = expert_rows_ptr + rows[k].to(tl.int64) * H
-            value = tl.load(row_ptr + offs_h, mask=mask_h & (rows[k] >= 0), other=0.0)
-            acc += tl.where(rows[k] >= 0, weights[k], 0.0) * value.to(tl.float32)
-        tl.store(output_ptr + token * H + offs_h, acc.to(tl.bfloat16), mask=mask_h)
+        for first in range(tl.program_id(1) * BLOCK_H, H, tl.num_programs(1) * BLOCK_H):
+            offs_h = first + tl.arange(0, BLOCK_H)
+            mask_h = offs_h < H
+            acc = tl.zeros((BLOCK_H,), tl.float32)
+            for k in tl.static_range(TOP_K):
+                row_ptr = expert_rows_ptr + rows[k].to(tl.int64) * H
+                if BRANCH:
+                    if rows[k] >= 0:
+                        acc += weights[k] * tl.load(row_ptr + offs_h, mask=mask_h, other=0.0).to(tl.float32)
+                else:
+                    value = tl.load(row_ptr + offs_h, mask=mask_h & (rows[k] >= 0), other=0.0)
+                    acc += tl.where(rows[k] >= 0, weights[k], 0.0) * value.to(tl.float32)
+            tl.store(output_ptr + token * H + offs_h, acc.to(tl.bfloat16), mask=mask_h)
