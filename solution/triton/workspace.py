@@ -105,7 +105,7 @@ def token_block(num_tokens: int) -> int:
     return 64 if num_tokens <= 64 else 128
 
 
-@functools.lru_cache(maxsize=1024)  # 30 us to make
+@functools.lru_cache(maxsize=1024)  # 23 us to make
 def plan(num_tokens: int, hidden_size: int, intermediate_size: int, config: Config) -> Layout:
     """Lay out the workspace of 1 <= T tokens."""
     rows = num_tokens * TOP_K
