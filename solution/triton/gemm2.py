@@ -27,7 +27,8 @@ def gemm2(weights: torch.Tensor, weights_scale: torch.Tensor, workspace: Workspa
     device = weights.device
     ws, tile = workspace.pointers if config.streaming else workspace, config.gemm2
     num_units = workspace.max_tiles * (hidden_size // tile.block_n)
-    rest = (weights_scale, ws.tile_experts, ws.tile_starts, ws.tile_ends, ws.num_tiles, ws.expert_rows, workspace.max_rows)
+    rest = (weights_scale, ws.tile_experts, ws.tile_starts, ws.tile_ends, ws.num_tiles, ws.expert_rows,
+            workspace.max_rows)
     constants = dict(
         H=hidden_size, I=intermediate_size, BLOCK_M=config.block_m, BLOCK_N=tile.block_n, NUM_STAGES=tile.num_stages
     )

@@ -1,8 +1,8 @@
 """Scratch memory of one call: what the stages hand to each other on the device.
 
-One allocation, made before the first launch so that the launches follow each other closely, and as large as T tokens can
-need, since only the device knows how many rows there are. Nothing in it outlives the call; what is kept from call to
-call is the layout, which depends on T and the config alone.
+One allocation, made before the first launch so that the launches follow each other closely, and as large as T tokens
+can need, since only the device knows how many rows there are. Nothing in it outlives the call; what is kept from call
+to call is the layout, which depends on T and the config alone.
 """
 
 from __future__ import annotations
