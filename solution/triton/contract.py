@@ -64,7 +64,7 @@ def check_arguments(arguments: dict[str, object]) -> int:
     return num_tokens
 
 
-@functools.lru_cache(maxsize=1024)  # making it takes as long as comparing with it
+@functools.lru_cache(maxsize=1024)  # 7 us to make
 def _expected(num_tokens: int) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
     """Name, shape and dtype of every tensor."""
     return [(name, tuple(num_tokens if size == "T" else size for size in shape), dtype)
