@@ -91,8 +91,9 @@ def _check_number(name: str, value: object, kind: type, expected: str) -> None:
 
 @functools.lru_cache  # a device's do not change
 def gpu_properties(device: torch.device) -> tuple[int, tuple[int, int]]:
-    """Return (SM count, compute capability) of a supported device; the interpreter stands in for one
-    Blackwell SM, whose table has no Gluon kernels: those the interpreter cannot run.
+    """Return (SM count, compute capability) of a supported device.
+
+    The interpreter stands in for one Blackwell SM: that table has no Gluon kernels, which it cannot run.
 
     Raises:
         RuntimeError: the device is not supported.

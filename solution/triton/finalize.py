@@ -54,13 +54,14 @@ def _finalize_kernel(
     if IS_BFLOAT16 and expert_rows_ptr.dtype.element_ty == tl.float32:  # an address: the annotation gives its type
         expert_rows_ptr = expert_rows_ptr.to(tl.pointer_type(tl.bfloat16), bitcast=True)
     token = tl.program_id(0).to(tl.int64)
-    # Routing is complete before the wait: this kernel can start only when every program of its predecessor has waited.
+    # Routing is complete before the wait, since every program of the predecessor waited before its trigger. Past L1,
+    # where lines of an earlier call may be.
     rows = ()
     weights = ()
     has_row = False
     for k in tl.static_range(TOP_K):
-        rows += (tl.load(token_rows_ptr + token * TOP_K + k),)
-        weights += (tl.load(topk_weights_ptr + token * TOP_K + k),)
+        rows += (tl.load(token_rows_ptr + token * TOP_K + k, cache_modifier=".cg"),)
+        weights += (tl.load(topk_weights_ptr + token * TOP_K + k, cache_modifier=".cg"),)
         has_row |= rows[k] >= 0
     pdl_wait(PDL)
     if has_row or not HAS_ZEROS:

@@ -1,8 +1,10 @@
 """How every kernel is launched: programmatic dependent launch (PDL), and a short way past Triton's launcher.
 
-With PDL a kernel may start while the one before it drains. Each of our kernels first waits for its predecessor's
-results and then lets its successor start, so a kernel never reads or overwrites what an earlier one still uses: a
-kernel that has waited knows that all kernels before it are complete. The interpreter has no PDL.
+With PDL a kernel may start while the one before it runs: once all programs of that one have let it (the trigger). Each
+of our kernels waits for its predecessor to be complete before it reads what that one writes and before it writes
+anything, and none ends without having waited, so a kernel that has waited knows that all before it are complete. Most
+let their successor start only after their own wait: then the successor knows, even before its wait, that the kernels
+before its predecessor are complete. The interpreter has no PDL.
 """
 
 from __future__ import annotations
