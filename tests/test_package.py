@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
+import subprocess
 import sys
 
 import pytest
@@ -64,7 +66,16 @@ def test_flashinfer_bench_builds_it(tmp_path, monkeypatch):
     assert runnable.metadata.destination_passing_style
     entry = getattr(sys.modules[runnable.metadata.misc["module_name"]], runnable.metadata.misc["entry_symbol"])
     assert list(inspect.signature(entry).parameters) == [*definition.inputs, *definition.outputs]
+    for late in ("hopper_gemm1", "hopper_gemm2"):  # imported by the first call that needs them
+        assert callable(getattr(importlib.import_module(f"{entry.__module__.rpartition('.')[0]}.{late}"), late))
     registry.cleanup()
+
+
+def test_gluon_is_imported_where_it_is_needed():
+    """Its API differs between Triton versions: a GPU whose kernels do not use it must not depend on it."""
+    program = "import sys, solution.triton.main; print([name for name in sys.modules if 'experimental.gluon' in name])"
+    finished = subprocess.run([sys.executable, "-c", program], cwd=pack.ROOT, capture_output=True, text=True, check=True)
+    assert finished.stdout == "[]\n"
 
 
 def test_writing_and_checking(solution_json, capsys):

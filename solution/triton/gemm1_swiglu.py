@@ -14,7 +14,6 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .contract import INTERPRETED
-from .hopper_gemm1 import hopper_gemm1
 from .intermediate import store_channel_group, swiglu
 from .launch import launch, pdl_wait
 from .tuning import Config
@@ -42,6 +41,8 @@ def gemm1_swiglu(
         output: [T, H] bfloat16; the Hopper kernels write the rows of tokens without a local expert.
     """
     if config.kernels == "hopper":
+        from .hopper_gemm1 import hopper_gemm1  # here, since Gluon's API differs between Triton versions
+
         hopper_gemm1(hidden_states, hidden_states_scale, weights, weights_scale, workspace, config, output)
         return
     num_tokens, hidden_size = hidden_states.shape

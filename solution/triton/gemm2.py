@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .hopper_gemm2 import hopper_gemm2
 from .launch import launch, pdl_wait
 from .tuning import Config
 from .workspace import Workspace
@@ -25,6 +24,8 @@ def gemm2(weights: torch.Tensor, weights_scale: torch.Tensor, workspace: Workspa
         config: tile shapes.
     """
     if config.kernels == "hopper":
+        from .hopper_gemm2 import hopper_gemm2  # here, since Gluon's API differs between Triton versions
+
         hopper_gemm2(weights, weights_scale, workspace, config)
         return
     _, hidden_size, intermediate_size = weights.shape
