@@ -53,7 +53,7 @@ def route(
     launch(
         device, _lists_kernel, (num_blocks, 1),
         ws.topk_ids, ws.expert_masks, ws.block_counts, ws.token_rows, ws.row_tokens, ws.first_tiles, ws.tile_experts,
-        ws.tile_starts, ws.tile_ends, ws.num_tiles, ws.arrivals, workspace.layout.num_counters, num_tokens, num_blocks,
+        ws.tile_starts, ws.tile_ends, ws.num_tiles, ws.ticket, workspace.layout.num_counters, num_tokens, num_blocks,
         E=NUM_LOCAL_EXPERTS, TOP_K=TOP_K, BLOCK_M=block_m, ALIGNMENT=row_alignment, BLOCK_T=block_t,
         ONE_BLOCK=num_blocks == 1, num_warps=8,
     )

@@ -46,10 +46,10 @@ class Pointers(NamedTuple):
     tile_ends: int  # [M]: one past its last row
     num_tiles: int  # [1]: tiles in use
     # Counters of the GEMMs, int32, which routing sets to zero
-    arrivals: int  # [M, G]: GEMM1's programs done with each of a tile's channel groups (streaming only)
-    stored: int  # [M]: channel groups of the tile whose intermediate is complete (streaming only)
     ticket: int  # [1]: work handed out by the fused GEMMs or by GEMM1
     gemm2_ticket: int  # [1]: by GEMM2
+    arrivals: int  # [M, G]: GEMM1's programs done with each of a tile's channel groups (streaming only)
+    stored: int  # [M]: channel groups of the tile whose intermediate is complete (streaming only)
     # The rows' values
     parts: int  # [R, I] float32: GEMM1's result before scaling (streaming only)
     intermediate: int  # [R, I] float16 or float8_e4m3fn: intermediate * scale is silu(gate) * up
@@ -63,7 +63,7 @@ class Layout(NamedTuple):
     fields: dict[str, Field]  # in Pointers' order
     offsets: tuple[int, ...]  # the fields', bytes
     num_words: int
-    num_counters: int  # int32s from `arrivals` to `parts`
+    num_counters: int  # int32s from `ticket` to `parts`
 
 
 class Workspace:
@@ -133,10 +133,10 @@ def plan(num_tokens: int, hidden_size: int, intermediate_size: int, config: Conf
         tile_starts=((tiles,), int32),
         tile_ends=((tiles,), int32),
         num_tiles=((1,), int32),
-        arrivals=((counted_tiles, groups), int32),
-        stored=((counted_tiles,), int32),
         ticket=((1,), int32),
         gemm2_ticket=((1,), int32),
+        arrivals=((counted_tiles, groups), int32),
+        stored=((counted_tiles,), int32),
         parts=((rows if config.streaming else 0, intermediate_size), float32),
         intermediate=((rows, intermediate_size), config.intermediate_dtype),
         intermediate_scale=((groups, rows), float32),
@@ -146,7 +146,7 @@ def plan(num_tokens: int, hidden_size: int, intermediate_size: int, config: Conf
     for name, (shape, dtype) in arrays._asdict().items():
         fields[name] = Field(word * _WORD, shape, dtype)
         word += -(-math.prod(shape) * dtype.itemsize // (4 * _WORD)) * 4
-    num_counters = (fields["parts"].offset - fields["arrivals"].offset) // _WORD
+    num_counters = (fields["parts"].offset - fields["ticket"].offset) // _WORD
     return Layout(fields, tuple(field.offset for field in fields.values()), word, num_counters)
 
 
