@@ -15,6 +15,7 @@ from pathlib import Path
 
 from flashinfer_bench.data import EvaluationStatus
 from flashinfer_bench.utils import env_snapshot
+from rich.console import Console
 from rich.table import Table
 
 from scripts.accuracy import TIERS
@@ -157,6 +158,14 @@ def versions() -> dict[str, str]:
         "flashinfer-bench": version("flashinfer-bench"),
         **env_snapshot("cpu").libs,
     }
+
+
+def commit_to_record(given: str | None, root: Path, console: Console) -> str | None:
+    """The commit given on the command line, else the checkout's; without either, None and a warning."""
+    commit = given or git_commit(root)
+    if commit is None:
+        console.print("no git checkout and no --commit: the results do not name their commit", style="yellow")
+    return commit
 
 
 def git_commit(root: Path) -> str | None:

@@ -33,7 +33,7 @@ from rich.progress import track
 from scripts.accuracy import TIERS, Outcome, Tolerance, assess
 from scripts.dataset import assemble, register
 from scripts.pack import DEFINITION_NAME, ROOT, pack
-from scripts.report import PASSED, Record, exit_status, git_commit, render, write_results
+from scripts.report import PASSED, Record, commit_to_record, exit_status, render, write_results
 from scripts.workloads import PUBLISHED, PublishedWorkload, small_workloads
 
 if TYPE_CHECKING:
@@ -163,9 +163,7 @@ def benchmark(solution: Solution, data: TraceSet, arguments: argparse.Namespace,
     ]
     gpu = torch.cuda.get_device_name(DEVICE)
     console.print(render(records, f"{solution.name} on {gpu}, tier {arguments.tier}"))
-    commit = arguments.commit or git_commit(ROOT)
-    if commit is None:
-        console.print("no git checkout and no --commit: the results do not name their commit", style="yellow")
+    commit = commit_to_record(arguments.commit, ROOT, console)
     path = write_results(arguments.results_dir, gpu, arguments.tier, commit, ceilings, records)
     passed = sum(record.status == PASSED for record in records)
     console.print(f"{passed}/{len(records)} PASSED; results in {path}")

@@ -30,7 +30,7 @@ from rich.progress import track
 
 from scripts.ceilings import Ceilings, floor_us, local_rows, measure_ceilings
 from scripts.pack import ROOT, load_definition
-from scripts.report import git_commit, results_path, versions, write_json
+from scripts.report import commit_to_record, results_path, versions, write_json
 from scripts.span import measure_span, record_calls
 from scripts.stages import kernel_times
 from scripts.sweep_report import (
@@ -213,9 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("error: the sweep measures a CUDA GPU, and none was found", file=sys.stderr)
         return 1
     console = Console(width=None if sys.stdout.isatty() else 140, markup=False)
-    commit = arguments.commit or git_commit(ROOT)
-    if commit is None:
-        console.print("no git checkout and no --commit: the results do not name their commit", style="yellow")
+    commit = commit_to_record(arguments.commit, ROOT, console)
     gpu = torch.cuda.get_device_name(DEVICE)
     ceilings = measure_ceilings(DEVICE)
     sweep = Sweep(gpu, driver_version(), versions(), commit, ceilings, arguments.repeats)

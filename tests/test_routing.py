@@ -32,7 +32,7 @@ def route(logits: torch.Tensor, bias: torch.Tensor, offset: int, block_m: int) -
     """The workspace after a call."""
     config = config_of(block_m)
     ws = allocate(len(logits), SCALE_BLOCK, NUM_CHANNEL_GROUPS * SCALE_BLOCK, config, logits.device)
-    stage.route(logits, bias, offset, FACTOR, ws, block_m, config.row_alignment)
+    stage.route(logits, bias, offset, FACTOR, ws, config)
     return ws
 
 

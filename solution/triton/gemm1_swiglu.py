@@ -48,7 +48,7 @@ def gemm1_swiglu(
     num_tokens, hidden_size = hidden_states.shape
     intermediate_size = weights.shape[1] // 2
     device = hidden_states.device
-    ws, tile = workspace.pointers if config.streaming else workspace, config.gemm1
+    ws, tile = workspace.pointers, config.gemm1
     num_units = workspace.max_tiles * (intermediate_size // tile.block_n)
     rest = (weights_scale, ws.row_tokens, ws.tile_experts, ws.tile_starts, ws.tile_ends, ws.num_tiles,
             ws.intermediate, ws.intermediate_scale, num_tokens, workspace.max_rows)
@@ -168,17 +168,17 @@ def alternating_rows(expert, pid_n, I: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "R"])
 def _tiled_kernel(
-    x_ptr,  # [T, H] float8_e4m3fn
-    x_scale_ptr,  # [H / 128, T] float32
+    x_ptr: "*fp8e4nv",  # [T, H]
+    x_scale_ptr: "*fp32",  # [H / 128, T]
     w_desc,  # [E * 2 I, H] float8_e4m3fn, block [BLOCK_N, 128]
-    w_scale_ptr,  # [E, 2 I / 128, H / 128] float32
-    row_tokens_ptr,  # [R] int32
-    tile_experts_ptr,  # [tiles] int32
-    tile_starts_ptr,  # [tiles] int32
-    tile_ends_ptr,  # [tiles] int32
-    num_tiles_ptr,  # [1] int32
-    c_ptr,  # out [R, I]
-    c_scale_ptr,  # out [I / 128, R] float32
+    w_scale_ptr: "*fp32",  # [E, 2 I / 128, H / 128]
+    row_tokens_ptr: "*i32",  # [R]
+    tile_experts_ptr: "*i32",  # [tiles]
+    tile_starts_ptr: "*i32",  # [tiles]
+    tile_ends_ptr: "*i32",  # [tiles]
+    num_tiles_ptr: "*i32",  # [1]
+    c_ptr: "*fp8e4nv",  # out [R, I]
+    c_scale_ptr: "*fp32",  # out [I / 128, R]
     T,
     R,
     H: tl.constexpr,

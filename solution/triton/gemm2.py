@@ -30,7 +30,7 @@ def gemm2(weights: torch.Tensor, weights_scale: torch.Tensor, workspace: Workspa
         return
     _, hidden_size, intermediate_size = weights.shape
     device = weights.device
-    ws, tile = workspace.pointers if config.streaming else workspace, config.gemm2
+    ws, tile = workspace.pointers, config.gemm2
     num_units = workspace.max_tiles * (hidden_size // tile.block_n)
     rest = (weights_scale, ws.tile_experts, ws.tile_starts, ws.tile_ends, ws.num_tiles, ws.expert_rows,
             workspace.max_rows)
@@ -41,7 +41,7 @@ def gemm2(weights: torch.Tensor, weights_scale: torch.Tensor, workspace: Workspa
         launch(device, _streaming_kernel, (num_units, 1), ws.intermediate, ws.intermediate_scale, weights, *rest,
                **constants, UNROLL=tile.unroll, num_warps=tile.num_warps)
     else:
-        c_desc = TensorDescriptor.from_tensor(ws.intermediate, [config.block_m, 128])
+        c_desc = TensorDescriptor.from_tensor(workspace.intermediate, [config.block_m, 128])
         w_desc = TensorDescriptor.from_tensor(weights.view(-1, intermediate_size), [tile.block_n, 128])
         launch(device, _tiled_kernel, (min(num_units, config.num_sms), 1), c_desc, ws.intermediate_scale, w_desc,
                *rest, **constants, num_warps=tile.num_warps)
@@ -112,14 +112,14 @@ def gemm2_streaming_tile(
 @triton.jit(do_not_specialize=["R"])
 def _tiled_kernel(
     c_desc,  # [R, I] float8_e4m3fn, block [BLOCK_M, 128]
-    c_scale_ptr,  # [I / 128, R] float32
+    c_scale_ptr: "*fp32",  # [I / 128, R]
     w_desc,  # [E * H, I] float8_e4m3fn, block [BLOCK_N, 128]
-    w_scale_ptr,  # [E, H / 128, I / 128] float32
-    tile_experts_ptr,  # [tiles] int32
-    tile_starts_ptr,  # [tiles] int32
-    tile_ends_ptr,  # [tiles] int32
-    num_tiles_ptr,  # [1] int32
-    out_ptr,  # out [R, H] float32
+    w_scale_ptr: "*fp32",  # [E, H / 128, I / 128]
+    tile_experts_ptr: "*i32",  # [tiles]
+    tile_starts_ptr: "*i32",  # [tiles]
+    tile_ends_ptr: "*i32",  # [tiles]
+    num_tiles_ptr: "*i32",  # [1]
+    out_ptr: "*fp32",  # out [R, H]
     R,
     H: tl.constexpr,
     I: tl.constexpr,

@@ -12,11 +12,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.core import _aggregate as aggregate
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .hopper_pipeline import (BLOCK_K, FLOAT8_LAYOUT, LINEAR, PRODUCT_ROWS, SCALE_LAYOUT, consume, new_announcements,
-                              new_ring, produce, scale_box, unpack_unit)
-from .launch import launch
+from .hopper_pipeline import (BLOCK_K, FLOAT8_LAYOUT, LINEAR, PRODUCT_ROWS, consume, new_announcements, new_ring,
+                              produce, unpack_unit, weight_descriptors)
+from .launch import launch, pdl_wait
 from .tuning import Config
 from .workspace import Workspace
 
@@ -43,17 +42,14 @@ def hopper_gemm1(
     """
     num_tokens, hidden_size = hidden_states.shape
     intermediate_size = weights.shape[1] // 2
-    k_blocks = hidden_size // 128
     ws = workspace.pointers
-    w_desc = TensorDescriptor.from_tensor(weights.view(-1, hidden_size), [128, 128], FLOAT8_LAYOUT)
-    w_scale_desc = TensorDescriptor.from_tensor(weights_scale.view(-1, k_blocks), scale_box(k_blocks), SCALE_LAYOUT)
     out_desc = TensorDescriptor.from_tensor(workspace.intermediate, [64, 128], FLOAT8_LAYOUT)
     num_units = workspace.max_tiles * (intermediate_size // 128)
     launch(
         hidden_states.device, _gemm1_kernel, (min(num_units, config.num_sms), 1),
-        hidden_states, hidden_states_scale, w_desc, w_scale_desc, ws.row_tokens, ws.first_tiles, ws.tile_experts,
-        ws.tile_starts, ws.tile_ends, ws.num_tiles, ws.ticket, out_desc, ws.intermediate_scale, ws.expert_masks, output,
-        num_tokens, workspace.max_rows,
+        hidden_states, hidden_states_scale, *weight_descriptors(weights, weights_scale), ws.row_tokens, ws.first_tiles,
+        ws.tile_experts, ws.tile_starts, ws.tile_ends, ws.num_tiles, ws.ticket, out_desc, ws.intermediate_scale,
+        ws.expert_masks, output, num_tokens, workspace.max_rows,
         H=hidden_size, I=intermediate_size, STAGES=config.gemm1.num_stages, BATCH=config.gemm1.unroll,
         num_warps=config.gemm1.num_warps, max_registers=MAX_REGISTERS,
     )
@@ -89,9 +85,7 @@ def _gemm1_kernel(
     announcements = new_announcements()
     staging = gl.allocate_shared_memory(gl.float8e4nv, [2, 64, 128], out_desc.layout)
     sink = Intermediate(staging, out_desc, out_scale_ptr, R)
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+    pdl_wait(PDL)
     gl.warp_specialize([
         (consume, (gl.constexpr(0), ring, announcements, sink)),
         (consume, (gl.constexpr(1), ring, announcements, sink)),

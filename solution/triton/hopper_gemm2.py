@@ -8,11 +8,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.core import _aggregate as aggregate
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .hopper_pipeline import (BFLOAT16_LAYOUT, BLOCK_K, FLOAT8_LAYOUT, SCALE_LAYOUT, consume, new_announcements,
-                              new_ring, produce, scale_box, unpack_unit)
-from .launch import launch
+                              new_ring, produce, unpack_unit, weight_descriptors)
+from .launch import launch, pdl_wait
 from .tuning import Config
 from .workspace import Workspace
 
@@ -27,18 +26,15 @@ def hopper_gemm2(weights: torch.Tensor, weights_scale: torch.Tensor, workspace: 
     """Compute the workspace's bfloat16 expert_rows; arguments as of `gemm2.gemm2`, tiles of 128 rows that start at
     multiples of 64."""
     _, hidden_size, intermediate_size = weights.shape
-    k_blocks = intermediate_size // 128
     ws = workspace.pointers
     x_desc = TensorDescriptor.from_tensor(workspace.intermediate, [64, 128], FLOAT8_LAYOUT)
     x_scale_desc = TensorDescriptor.from_tensor(workspace.intermediate_scale, [1, 128], SCALE_LAYOUT)
-    w_desc = TensorDescriptor.from_tensor(weights.view(-1, intermediate_size), [128, 128], FLOAT8_LAYOUT)
-    w_scale_desc = TensorDescriptor.from_tensor(weights_scale.view(-1, k_blocks), scale_box(k_blocks), SCALE_LAYOUT)
     out_desc = TensorDescriptor.from_tensor(workspace.expert_rows, [64, 128], BFLOAT16_LAYOUT)
     num_units = workspace.max_tiles * (hidden_size // 256)
     launch(
         weights.device, _gemm2_kernel, (min(num_units, config.num_sms), 1),
-        x_desc, x_scale_desc, w_desc, w_scale_desc, ws.first_tiles, ws.tile_experts, ws.tile_starts, ws.tile_ends,
-        ws.num_tiles, ws.gemm2_ticket, out_desc,
+        x_desc, x_scale_desc, *weight_descriptors(weights, weights_scale), ws.first_tiles, ws.tile_experts,
+        ws.tile_starts, ws.tile_ends, ws.num_tiles, ws.gemm2_ticket, out_desc,
         H=hidden_size, I=intermediate_size, STAGES=config.gemm2.num_stages, BATCH=config.gemm2.unroll,
         num_warps=config.gemm2.num_warps, max_registers=MAX_REGISTERS,
     )
@@ -68,9 +64,7 @@ def _gemm2_kernel(
     announcements = new_announcements()
     staging = gl.allocate_shared_memory(gl.bfloat16, [2, 64, 128], out_desc.layout)
     sink = ExpertRows(staging, out_desc)
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+    pdl_wait(PDL)
     gl.warp_specialize([
         (consume, (gl.constexpr(0), ring, announcements, sink)),
         (consume, (gl.constexpr(1), ring, announcements, sink)),

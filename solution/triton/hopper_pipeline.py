@@ -21,9 +21,11 @@ that are at most a ring behind, and everybody for units that the producer announ
 
 # Without `from __future__ import annotations`: an aggregate's annotations must be types.
 
+import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.core import _aggregate as aggregate
 
 BLOCK_K = gl.constexpr(128)  # K of a stage, and of a scale
@@ -37,9 +39,17 @@ BFLOAT16_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=
 SCALE_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
 
 
-def scale_box(k_blocks: int) -> list[int]:
-    """Block shape that holds the K blocks' scales of 128 weight rows: shared memory wants multiples of 128 bytes."""
-    return [1, max(32, 1 << (k_blocks - 1).bit_length())]
+def weight_descriptors(weights: torch.Tensor, scale: torch.Tensor) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """Of weights [E, N, K] float8_e4m3fn, 128 rows x 128; of scale [E, N / 128, K / 128] float32, a whole row.
+
+    The row is padded: a block in shared memory has a power of two of elements and a multiple of 128 bytes.
+    """
+    k_blocks = scale.shape[2]
+    return (
+        TensorDescriptor.from_tensor(weights.view(-1, weights.shape[2]), [128, 128], FLOAT8_LAYOUT),
+        TensorDescriptor.from_tensor(scale.view(-1, k_blocks), [1, max(32, 1 << (k_blocks - 1).bit_length())],
+                                     SCALE_LAYOUT),
+    )
 
 
 @gluon.jit

@@ -54,8 +54,7 @@ def run(
     config = select_config(num_tokens, num_sms, capability)
     with on_device(hidden_states.device):
         workspace = allocate(num_tokens, *gemm2_weights.shape[1:], config, hidden_states.device)
-        route(routing_logits, routing_bias, local_expert_offset, routed_scaling_factor, workspace, config.block_m,
-              config.row_alignment)
+        route(routing_logits, routing_bias, local_expert_offset, routed_scaling_factor, workspace, config)
         if config.fusion:
             fused_gemms(hidden_states, hidden_states_scale, gemm1_weights, gemm1_weights_scale,
                         gemm2_weights, gemm2_weights_scale, workspace, config)

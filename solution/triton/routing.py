@@ -1,9 +1,9 @@
 """Routing: DeepSeek-V3's group-limited top-8, and on the device the lists that the GEMMs walk.
 
 A *row* is a pair (token, local expert). Rows are sorted by local expert, then by token, with a gap before an expert
-where its first row has to be aligned; a *tile* is up to BLOCK_M
-neighbouring rows of one expert. Both are built without a host synchronisation: one launch routes the tokens, one counts
-the rows of each block of tokens by expert, one turns the counts into positions. A single block counts for itself.
+where its first row has to be aligned; a *tile* is up to BLOCK_M neighbouring rows of one expert. Both are built without
+a host synchronisation: one launch routes the tokens, one counts the rows of each block of tokens by expert, one turns
+the counts into positions. A single block counts for itself.
 """
 
 import torch
@@ -12,6 +12,7 @@ import triton.language as tl
 
 from .contract import NUM_EXPERTS, NUM_GROUPS, NUM_LOCAL_EXPERTS, TOP_GROUPS, TOP_K
 from .launch import launch, pdl_trigger, pdl_wait
+from .tuning import Config
 from .workspace import Workspace, token_block
 
 
@@ -21,8 +22,7 @@ def route(
     local_expert_offset: int,
     routed_scaling_factor: float,
     workspace: Workspace,
-    block_m: int,
-    row_alignment: int,
+    config: Config,
 ) -> None:
     """Select each token's experts and fill the workspace's lists.
 
@@ -31,8 +31,8 @@ def route(
         routing_bias: [256] bfloat16, added for the selection only.
         local_expert_offset: global id of local expert 0; any integer.
         routed_scaling_factor: multiplies the normalised weights.
-        workspace: allocated for T tokens and tiles of block_m rows, a power of two.
-        row_alignment: each expert's first row is a multiple of this.
+        workspace: allocated for T tokens and this config.
+        config: how many rows a tile has, and where an expert's first one may be.
     """
     num_tokens = routing_logits.shape[0]
     device = routing_logits.device
@@ -54,7 +54,7 @@ def route(
         device, _lists_kernel, (num_blocks, 1),
         ws.topk_ids, ws.expert_masks, ws.block_counts, ws.token_rows, ws.row_tokens, ws.first_tiles, ws.tile_experts,
         ws.tile_starts, ws.tile_ends, ws.num_tiles, ws.ticket, workspace.layout.num_counters, num_tokens, num_blocks,
-        E=NUM_LOCAL_EXPERTS, TOP_K=TOP_K, BLOCK_M=block_m, ALIGNMENT=row_alignment, BLOCK_T=block_t,
+        E=NUM_LOCAL_EXPERTS, TOP_K=TOP_K, BLOCK_M=config.block_m, ALIGNMENT=config.row_alignment, BLOCK_T=block_t,
         ONE_BLOCK=num_blocks == 1, num_warps=8,
     )
 
